@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: data, sessions, and statistics that are summed where the model runs."""
+
+from __future__ import annotations
+
+from onnxcollapse.calibration.collector import Progress, collect
+from onnxcollapse.calibration.data import Dataset, open_data
+from onnxcollapse.calibration.leastsquares import LinearFit, linear_error, rank_path, relative_error, ridge_fit
+from onnxcollapse.calibration.providers import Provider, available_providers
+from onnxcollapse.calibration.sessions import Session, open_session
+from onnxcollapse.calibration.statistics import (
+    Gram,
+    GramMatrix,
+    Moments,
+    MomentSums,
+    Ref,
+    Request,
+    Statistics,
+)
+
+__all__ = [
+    "Dataset",
+    "Gram",
+    "GramMatrix",
+    "LinearFit",
+    "MomentSums",
+    "Moments",
+    "Progress",
+    "Provider",
+    "Ref",
+    "Request",
+    "Session",
+    "Statistics",
+    "available_providers",
+    "collect",
+    "linear_error",
+    "open_data",
+    "open_session",
+    "rank_path",
+    "relative_error",
+    "ridge_fit",
+]

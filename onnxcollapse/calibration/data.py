@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration data: opened from any of the forms DATA may have, checked, split and cut into batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from onnxcollapse.calibration import filling, layout
+from onnxcollapse.calibration.layout import Layout
+from onnxcollapse.errors import DataError
+from onnxcollapse.model.model import Model, Signature
+
+logger = logging.getLogger(__name__)
+
+BATCH, LONG_BATCH = 32, 8
+LONG = 64
+"""Sequences longer than this come in LONG_BATCH samples a batch."""
+
+DataPart = Literal["fit", "heldout", "all"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some samples that are loaded together.
+
+    Attributes:
+        label: What to call them in errors.
+        load: Gives the arrays by input name, the same each time.
+        rows: Samples, where known without loading; the arrays are checked when they are first used then.
+        whole: One batch as a reader made it: neither cut nor joined with others.
+    """
+
+    label: str
+    load: Callable[[], Mapping[str, np.ndarray]]
+    rows: int | None = None
+    whole: bool = False
+
+    @classmethod
+    def of(cls, label: str, arrays: Mapping[str, np.ndarray], *, whole: bool = False) -> Chunk:
+        """A chunk held in memory."""
+        return cls(label, lambda: arrays, whole=whole)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Samples start..stop of a chunk that stay together when the data is split."""
+
+    chunk: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+class Dataset:
+    """Samples for a model, split in two by a seeded permutation.
+
+    The split is by sample; by batch where the model's batch size is fixed or a reader gives batches. Within a
+    part samples keep the data's order. One chunk is in memory at a time.
+
+    Attributes:
+        samples: Samples used (those a fixed batch size leaves over excluded).
+        source: Where they come from, as given.
+        evidence: False for random numbers: results on them say nothing about accuracy.
+        batch_size: Samples a batch at most.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        signature: Signature,
+        *,
+        source: str,
+        evidence: bool = True,
+        seed: int = 0,
+        heldout: float = 0.25,
+        batch_size: int | None = None,
+    ) -> None:
+        self._signature = signature
+        self._loaded: tuple[int, Mapping[str, np.ndarray]] = (-1, {})
+        self._chunks = list(chunks)
+        self._layouts = self._check_all()
+        self._units = self._cut()
+        self.source, self.evidence = source, evidence
+        self.samples = sum(unit.rows for unit in self._units)
+        if not self._units:
+            raise DataError(
+                f"{source}: holds no full batch of {self._layouts[0].batch} samples; give more samples"
+            )
+        self.batch_size = self._layouts[0].batch or batch_size or self._default_batch()
+        self._order = np.random.default_rng(seed).permutation(len(self._units))
+        self._kept_back = min(max(round(heldout * len(self._units)), 1), len(self._units) - 1)
+
+    def batches(self, part: DataPart, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The feeds of a part, batch by batch, every input filled in.
+
+        Args:
+            part: "fit", "heldout" or "all".
+            limit: Stop after about this many samples, drawn from the whole part.
+
+        Raises:
+            DataError: The data is too little to be split, or a lazily read file does not fit the model.
+        """
+        pieces: list[dict[str, np.ndarray]] = []
+        rows, kind = 0, None
+        for unit in self._select(part, limit):
+            piece = self._slice(unit)
+            new_kind = self._kind(unit, piece)
+            if pieces and (kind != new_kind or new_kind is None or rows + unit.rows > self.batch_size):
+                yield self._join(pieces)
+                pieces, rows = [], 0
+            pieces.append(piece)
+            rows, kind = rows + unit.rows, new_kind
+        if pieces:
+            yield self._join(pieces)
+
+    def count(self, part: DataPart, limit: int | None = None) -> int:
+        """Samples that `batches` gives for these arguments."""
+        return sum(unit.rows for unit in self._select(part, limit))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the first batch, by input name."""
+        return {name: array.shape for name, array in next(self.batches("all")).items()}
+
+    def _check_all(self) -> list[Layout]:
+        if not self._chunks:
+            raise DataError("the calibration data holds no samples; give at least 2")
+        layouts = [self._layout(index) for index in range(len(self._chunks))]
+        only = self._chunks[0]
+        if len(self._chunks) == 1 and only.whole and layouts[0].rows > 1 and layouts[0].batch is None:
+            self._chunks = [Chunk(only.label, only.load)]  # a reader's single batch: its rows are the samples
+            layouts = [self._layout(0)]
+        return layouts
+
+    def _layout(self, index: int) -> Layout:
+        chunk = self._chunks[index]
+        if chunk.rows is not None and index:
+            return Layout(chunk.rows, self._layout(0).batch)
+        return layout.check(self._load(index), self._signature, chunk.label, whole=chunk.whole)
+
+    def _cut(self) -> list[_Unit]:
+        units, left = [], 0
+        for index, (chunk, found) in enumerate(zip(self._chunks, self._layouts, strict=True)):
+            step = found.rows if chunk.whole else found.batch or 1
+            starts = range(0, found.rows - step + 1, step)
+            units += [_Unit(index, start, start + step) for start in starts]
+            left += found.rows - len(starts) * step
+        if left:
+            logger.warning("%d samples left over by the model's fixed batch size are not used", left)
+        return units
+
+    def _default_batch(self) -> int:
+        """Small batches for long sequences: integer [B, S] or float [B, S, d] inputs."""
+        sample = self._slice(self._units[0])
+        kinds = {"i": 2, "u": 2, "f": 3}
+        long = any(a.ndim == kinds.get(a.dtype.kind) and a.shape[1] > LONG for a in sample.values())
+        return LONG_BATCH if long else BATCH
+
+    def _select(self, part: DataPart, limit: int | None) -> list[_Unit]:
+        if part != "all" and len(self._units) < 2:
+            unit = "batches of the model's fixed size" if self._units[0].rows > 1 else "samples"
+            raise DataError(
+                f"{self.source}: one part fits and one measures, which takes at least 2 {unit}; give more"
+            )
+        cut = self._kept_back
+        chosen = {"all": self._order, "heldout": self._order[:cut], "fit": self._order[cut:]}[part]
+        units = [self._units[index] for index in chosen]
+        if limit is not None:
+            before = np.cumsum([0, *(unit.rows for unit in units)])[:-1]
+            units = [unit for unit, seen in zip(units, before, strict=True) if seen < max(limit, 1)]
+        return sorted(units, key=lambda unit: (unit.chunk, unit.start))
+
+    def _slice(self, unit: _Unit) -> dict[str, np.ndarray]:
+        return self._layouts[unit.chunk].slice(self._load(unit.chunk), unit.start, unit.stop)
+
+    def _load(self, index: int) -> Mapping[str, np.ndarray]:
+        if self._loaded[0] != index:
+            chunk = self._chunks[index]
+            arrays = chunk.load()
+            if chunk.rows is not None:
+                layout.check(arrays, self._signature, chunk.label, whole=chunk.whole)
+            self._loaded = (index, arrays)
+        return self._loaded[1]
+
+    def _kind(self, unit: _Unit, piece: Mapping[str, np.ndarray]) -> object:
+        """Pieces of one kind may be joined to a batch; None is joined with nothing."""
+        found = self._layouts[unit.chunk]
+        if self._chunks[unit.chunk].whole or found.batch is not None:
+            return None
+        shapes = tuple((name, array.shape[1:]) for name, array in sorted(piece.items()))
+        return (shapes, unit.chunk if found.shared else None)
+
+    def _join(self, pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        first = pieces[0]
+        if len(pieces) == 1:
+            return filling.complete(first, self._signature)
+        joined = {
+            name: array if array is pieces[1][name] else np.concatenate([piece[name] for piece in pieces])
+            for name, array in first.items()
+        }
+        return filling.complete(joined, self._signature)
+
+
+def open_data(
+    spec: str | Mapping[str, np.ndarray],
+    model: Model,
+    *,
+    seed: int = 0,
+    heldout: float = 0.25,
+    batch_size: int | None = None,
+) -> Dataset:
+    """Opens calibration data and checks it against a model.
+
+    Args:
+        spec: Arrays by input name, samples on axis 0, or one of: a `.npz` file; a folder of them, or of ONNX
+            `test_data_set_*`; `pkg.mod:reader`, a CalibrationDataReader or what makes one; `text:FILE`;
+            `images:DIR`; `random:N`.
+        model: The model the data is for.
+        seed: Of the split and of `random:N`.
+        heldout: Share of the samples kept back; at least one sample, or batch of a fixed size, in each part.
+        batch_size: Samples a batch; a size fixed by the model has precedence.
+
+    Returns:
+        The data.
+
+    Raises:
+        DataError: It cannot be read or does not fit the model.
+    """
+    from onnxcollapse.calibration.readers import read
+
+    if isinstance(spec, Mapping):
+        arrays = {name: np.asarray(array) for name, array in spec.items()}
+        chunks, source = [Chunk.of("data", arrays)], "arrays in memory"
+    else:
+        chunks, source = read(spec, model, seed), spec
+    return Dataset(
+        chunks,
+        model.signature(),
+        source=source,
+        evidence=not source.startswith("random:"),
+        seed=seed,
+        heldout=heldout,
+        batch_size=batch_size,
+    )

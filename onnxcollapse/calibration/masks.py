@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that exporters agree on, and which rows of a batch are padding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+_CACHE = re.compile(
+    r"(^|[._/])(past|present|new_past|kv_cache|cache)(_|\.|$|\d)|key_values|(key|value)_cache"
+)
+
+
+def is_cache_name(name: str) -> bool:
+    """Whether a graph input or output is named like a KV cache: past_key_values.0.key, present.3.value ..."""
+    return _CACHE.search(name) is not None and name != "use_cache_branch" and name != "cache_position"
+
+
+def row_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Which tokens of a batch are real.
+
+    The attention mask of a decoder with a cache covers past and present; only its last columns, one for each
+    token fed, belong to rows of this batch.
+
+    Args:
+        batch: The feeds.
+
+    Returns:
+        bool [B, S], or None when there is no two-dimensional attention mask.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return None
+    tokens = next((batch[name] for name in ("input_ids", "inputs_embeds") if name in batch), None)
+    if tokens is not None and tokens.ndim >= 2:
+        mask = mask[:, max(mask.shape[1] - tokens.shape[1], 0) :]
+    return mask != 0
+
+
+def batch_rows(batch: Mapping[str, np.ndarray]) -> int:
+    """Samples in a batch: the length of axis 0 of its first input that is no cache and has one."""
+    for name, array in batch.items():
+        if array.ndim and not is_cache_name(name):
+            return array.shape[0]
+    return 1

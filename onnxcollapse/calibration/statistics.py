@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests for statistics and their results: sums over rows that can be added up, never activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
+
+import numpy as np
+
+from onnxcollapse.errors import OptionError
+
+Part = Literal["fit", "heldout"]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of a model by its value name; its rows are all axes but the channel axis.
+
+    Attributes:
+        value: Name of the value in the model's main graph.
+        source: "model" for the model the statistics are collected on, "reference" for the one beside it. A
+            tensor that the reference does not have, or without a reference, is read from the model.
+        axis: The channel axis; -1 for MatMul-like tensors, 1 for Conv's.
+    """
+
+    value: str
+    source: Literal["model", "reference"] = "model"
+    axis: int = -1
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Asks for the sums of all products between the columns [1, features..., targets...]."""
+
+    features: tuple[Ref, ...]
+    targets: tuple[Ref, ...] = ()
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """The tensors in column order."""
+        return self.features + self.targets
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Asks for the per-channel moments of one tensor."""
+
+    tensor: Ref
+
+
+Request = Gram | Moments
+
+Selector = str | int | Ref | Sequence["str | int | Ref"]
+"""Columns of a Gram matrix: "one", a value's name, its 1-based place, a Ref, or several of these."""
+
+
+@dataclass(frozen=True, eq=False)
+class GramMatrix:
+    """Sums of products between the columns [1, refs...] over `count` rows.
+
+    Attributes:
+        count: Rows summed (padding excluded).
+        refs: The tensors, in column order.
+        widths: Columns of each tensor.
+        matrix: float64 [1 + sum(widths)] squared; its first row and column belong to the constant 1.
+    """
+
+    count: float
+    refs: tuple[Ref, ...]
+    widths: tuple[int, ...]
+    matrix: np.ndarray
+
+    @classmethod
+    def from_rows(cls, columns: Mapping[Ref | str, np.ndarray]) -> GramMatrix:
+        """Builds the sums from activations in memory.
+
+        Args:
+            columns: Tensor (or value name) -> rows [n, width], in column order.
+
+        Returns:
+            The same as collecting those rows would give, in float64 throughout.
+        """
+        refs = tuple(Ref(key) if isinstance(key, str) else key for key in columns)
+        rows = [np.asarray(value, np.float64) for value in columns.values()]
+        stacked = np.concatenate([np.ones((len(rows[0]), 1)), *rows], axis=1)
+        return cls(float(len(stacked)), refs, tuple(r.shape[1] for r in rows), stacked.T @ stacked)
+
+    def __add__(self, other: GramMatrix) -> GramMatrix:
+        if (self.refs, self.widths) != (other.refs, other.widths):
+            raise OptionError("Gram matrices of different tensors cannot be added; request them as one")
+        return GramMatrix(self.count + other.count, self.refs, self.widths, self.matrix + other.matrix)
+
+    def columns(self, selector: Selector) -> np.ndarray:
+        """Column indices into `matrix` of what a selector names.
+
+        Args:
+            selector: "one", a value name, a 1-based place, a Ref, or a sequence of these (concatenated).
+
+        Raises:
+            OptionError: The tensor is not in this Gram matrix, or its name alone is ambiguous.
+        """
+        if isinstance(selector, Ref | str | int):
+            start, width = self._span(selector)
+            return np.arange(start, start + width)
+        parts = [self.columns(part) for part in selector]
+        return np.concatenate(parts) if parts else np.empty(0, np.intp)
+
+    def block(self, a: Selector, b: Selector) -> np.ndarray:
+        """Mean of a'b over the rows, float64 [width of a, width of b]; see `columns` for a and b."""
+        return self.matrix[np.ix_(self.columns(a), self.columns(b))] / max(self.count, 1.0)
+
+    def mean(self, a: Selector) -> np.ndarray:
+        """Mean row of a, float64 [width of a]."""
+        return self.matrix[0, self.columns(a)] / max(self.count, 1.0)
+
+    def power(self, a: Selector) -> float:
+        """Mean of |row|^2 of a: tr(a'a)/n, the total variance about 0."""
+        index = self.columns(a)
+        return float(self.matrix[index, index].sum() / max(self.count, 1.0))
+
+    def _span(self, selector: str | int | Ref) -> tuple[int, int]:
+        if selector == "one":
+            return 0, 1
+        place = selector - 1 if isinstance(selector, int) else self._place(selector)
+        if not 0 <= place < len(self.refs):
+            raise OptionError(f"Gram matrix has {len(self.refs)} tensors, no number {selector}; count from 1")
+        return 1 + sum(self.widths[:place]), self.widths[place]
+
+    def _place(self, selector: str | Ref) -> int:
+        named = [i for i, ref in enumerate(self.refs) if selector in (ref, ref.value)]
+        if not named:
+            raise OptionError(f"tensor {selector!r} is not in the Gram matrix of {self._names()}; request it")
+        if len({self.refs[i] for i in named}) > 1:
+            raise OptionError(f"tensor name {selector!r} is ambiguous in {self._names()}; select by Ref")
+        return named[0]
+
+    def _names(self) -> str:
+        return ", ".join(f"{ref.source}:{ref.value}" for ref in self.refs)
+
+
+@dataclass(frozen=True, eq=False)
+class MomentSums:
+    """Per-channel moments over `count` rows; every array is float64 [C].
+
+    Attributes:
+        count: Rows summed (padding excluded).
+        mean: E z.
+        variance: Population variance E (z - E z)^2.
+        minimum: Smallest z.
+        maximum: Largest z.
+        positive_rate: Share of rows with z > 0: the activation rate of arXiv 2506.21146.
+        negative_square: E relu(-z)^2, which bounds the error of a PReLU fold (arXiv 2311.17943).
+    """
+
+    count: float
+    mean: np.ndarray
+    variance: np.ndarray
+    minimum: np.ndarray
+    maximum: np.ndarray
+    positive_rate: np.ndarray
+    negative_square: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: np.ndarray) -> MomentSums:
+        """Builds the moments of rows in memory.
+
+        Args:
+            rows: Activations [n, C], n >= 1.
+
+        Returns:
+            Their moments in float64.
+        """
+        z = np.asarray(rows, np.float64)
+        return cls(
+            count=float(len(z)),
+            mean=z.mean(0),
+            variance=z.var(0),
+            minimum=z.min(0),
+            maximum=z.max(0),
+            positive_rate=(z > 0).mean(0),
+            negative_square=np.square(np.minimum(z, 0)).mean(0),
+        )
+
+    def __add__(self, other: MomentSums) -> MomentSums:
+        """Merges two disjoint sets of rows by the pairwise update of Chan, Golub and LeVeque (1979)."""
+        count = self.count + other.count
+        mine, theirs = (self.count / count, other.count / count) if count else (0.5, 0.5)
+        gap = other.mean - self.mean
+        return MomentSums(
+            count=count,
+            mean=self.mean + gap * theirs,
+            variance=self.variance * mine + other.variance * theirs + np.square(gap) * (mine * theirs),
+            minimum=np.minimum(self.minimum, other.minimum),
+            maximum=np.maximum(self.maximum, other.maximum),
+            positive_rate=self.positive_rate * mine + other.positive_rate * theirs,
+            negative_square=self.negative_square * mine + other.negative_square * theirs,
+        )
+
+    @property
+    def power(self) -> np.ndarray:
+        """E z^2, float64 [C]."""
+        return self.variance + np.square(self.mean)
+
+
+Result = GramMatrix | MomentSums
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The results of a collection, by request and part of the data."""
+
+    results: Mapping[tuple[Part, Request], Result] = field(default_factory=dict)
+
+    @overload
+    def fit(self, request: Gram) -> GramMatrix: ...
+    @overload
+    def fit(self, request: Moments) -> MomentSums: ...
+    def fit(self, request: Request) -> Result:
+        """The result on the rows that maps are fitted to."""
+        return self._result("fit", request)
+
+    @overload
+    def heldout(self, request: Gram) -> GramMatrix: ...
+    @overload
+    def heldout(self, request: Moments) -> MomentSums: ...
+    def heldout(self, request: Request) -> Result:
+        """The result on the rows kept back to choose knobs and to measure errors."""
+        return self._result("heldout", request)
+
+    def __contains__(self, request: Request) -> bool:
+        return any(known == request for _, known in self.results)
+
+    def _result(self, part: Part, request: Request) -> Result:
+        try:
+            return self.results[part, request]
+        except KeyError:
+            raise OptionError(
+                f"no {part} statistics were collected for {request}; add it to requests()"
+            ) from None

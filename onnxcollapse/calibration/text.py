@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""text:FILE: a text cut into windows of tokens by the tokenizer that lies beside the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcollapse.calibration.data import Chunk
+from onnxcollapse.errors import DataError
+from onnxcollapse.model.model import Model, Signature
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+WINDOW = 128
+"""Tokens a window where neither the model's input shape nor its configuration says less."""
+
+
+def read(path: Path, model: Model) -> list[Chunk]:
+    """Tokenises a text file.
+
+    The windows follow each other without overlap, each with the special tokens that the tokenizer adds; only
+    the last one is padded, at its end, and its attention mask says so.
+
+    Args:
+        path: The text, UTF-8.
+        model: Has the input `input_ids` and a tokenizer.json in its folder or the one above.
+
+    Returns:
+        One chunk.
+
+    Raises:
+        DataError: `tokenizers` is not installed, a file cannot be read, or the model takes no tokens.
+    """
+    signature = model.signature()
+    specs = {spec.name: spec for spec in signature.inputs}
+    if "input_ids" not in specs:
+        raise DataError(f"text:{path}: the model has no input 'input_ids'; give its inputs as .npz")
+    folder = model_folder(model, "tokenizer.json", "text")
+    tokenizer = _load(folder / "tokenizer.json")
+    length = _window(signature, folder)
+    encoded = _encode(tokenizer, _text(path), length, _pad_id(folder))
+    columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+    arrays: dict[str, np.ndarray] = {
+        name: np.array(
+            [getattr(window, field) for window in encoded], (specs[name].dtype or ir.DataType.INT64).numpy()
+        )
+        for name, field in columns.items()
+        if name in specs
+    }
+    return [Chunk.of(path.name, arrays)]
+
+
+def model_folder(model: Model, wanted: str, form: str) -> Path:
+    """The model's folder, or the one above (optimum's onnx/ subfolder), that holds a companion file.
+
+    Raises:
+        DataError: Neither does.
+    """
+    if model.path is not None:
+        for folder in (model.path.parent, model.path.parent.parent):
+            if (folder / wanted).is_file():
+                return folder
+    raise DataError(f"{form}: needs {wanted} beside the model; copy it there or give the inputs as .npz")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is no readable JSON ({error}); restore it") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError("text: needs the tokenizers package; `pip install onnxcollapse[text]`") from error
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"{path}: is no readable tokenizer ({error}); restore it") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); convert it") from error
+    if not content.strip():
+        raise DataError(f"{path}: holds no text; give some paragraphs")
+    return content
+
+
+def _encode(tokenizer: Tokenizer, content: str, length: int, pad_id: int) -> list[Encoding]:
+    tokenizer.enable_truncation(max_length=length)
+    tokenizer.enable_padding(direction="right", length=length, pad_id=pad_id)
+    first = tokenizer.encode(content)
+    return [first, *first.overflowing]
+
+
+def _window(signature: Signature, folder: Path) -> int:
+    shape = next((spec.shape for spec in signature.inputs if spec.name == "input_ids"), None)
+    if shape is not None and len(shape) == 2 and isinstance(shape[1], int):
+        return shape[1]
+    limits = [
+        load_json(folder / "config.json").get(key) for key in ("max_position_embeddings", "n_positions")
+    ]
+    limits.append(load_json(folder / "tokenizer_config.json").get("model_max_length"))
+    return min([WINDOW, *(int(limit) for limit in limits if isinstance(limit, int | float) and limit > 0)])
+
+
+def _pad_id(folder: Path) -> int:
+    config = load_json(folder / "config.json")
+    for key in ("pad_token_id", "eos_token_id"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return 0

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: one file a command; errors of the package become one line and an exit status."""
+
+from __future__ import annotations
+
+import click
+
+from onnxcollapse.cli.compare import compare
+from onnxcollapse.cli.console import Group
+from onnxcollapse.cli.doctor import doctor
+from onnxcollapse.cli.optimize import optimize
+from onnxcollapse.cli.passes import passes
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onnxcollapse")
+def main() -> None:
+    """Makes ONNX models structurally smaller and faster before deployment, without training.
+
+    Start with: onnxcollapse optimize model.onnx -o small.onnx --calib data.npz
+    """
+
+
+for command in (optimize, compare, passes, doctor):
+    main.add_command(command)
+
+__all__ = ["main"]

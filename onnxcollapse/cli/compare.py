@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``onnxcollapse compare``: the outputs of two models side by side."""
+
+from __future__ import annotations
+
+import click
+
+from onnxcollapse.cli import options
+from onnxcollapse.cli.console import console, print_json, set_up_logging, table
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--data", required=True, metavar="DATA", help="Inputs to run both on, in any form that --calib takes.")
+@options.provider
+@options.seed
+@options.as_json
+@options.verbose
+def compare(a: str, b: str, data: str, provider: str, seed: int, as_json: bool, verbose: int) -> None:
+    """Runs A and B on the same data and shows how far B's outputs are from A's, in every metric."""
+    set_up_logging(verbose)
+    from onnxcollapse.calibration import open_data
+    from onnxcollapse.model import Model
+    from onnxcollapse.verification import compare as measure
+
+    first, second = Model.load(a), Model.load(b)
+    found = measure(first, second, open_data(data, first, seed=seed), provider=provider)
+    document = found.to_dict()
+    if as_json:
+        print_json(document)
+        return
+    metrics = list(dict.fromkeys(name for values in document["outputs"].values() for name in values))
+    rows = [
+        (output, *(_cell(values.get(name)) for name in metrics)) for output, values in document["outputs"].items()
+    ]
+    table(f"{b} against {a}", ("output", *metrics), rows)
+    out = console()
+    for side, names in (("only in A", document["missing"]), ("only in B", document["extra"])):
+        if names:
+            out.print(f"Outputs {side}: {', '.join(names)}", markup=False)
+    out.print(f"Measured on {document['provider']}", markup=False)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is written to the console: results to stdout, progress, logs and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcollapse.errors import OnnxCollapseError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Group(click.Group):
+    """Turns errors of the package into one line on stderr and their exit status."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Runs the command; never lets a traceback out for what the user can mend."""
+        try:
+            return super().invoke(context)
+        except OnnxCollapseError as error:
+            fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            fail("interrupted; nothing was written", 130)
+        except MemoryError:
+            fail("out of memory; give less calibration data or run on a larger machine", 2)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+def fail(message: str, status: int) -> None:
+    """Writes one line to stderr and ends the process."""
+    click.echo("onnxcollapse: " + " ".join(message.split()), err=True)
+    sys.exit(status)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Makes a console that is as wide as its terminal, or wide enough for a table when there is none."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 160)
+
+
+def set_up_logging(verbosity: int) -> None:
+    """Sends the package's log to stderr: warnings always, more with each ``-v``."""
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbosity, 2)]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("onnxcollapse").setLevel(level)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Writes one JSON document to stdout."""
+    click.echo(json.dumps(document, indent=1))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a table to stdout; right-aligned where all of a column are numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    console().print(made)
+
+
+def _is_number(cell: object) -> bool:
+    return str(cell).replace(",", "").replace(".", "").replace("-", "").replace("e", "").replace("%", "").isdigit()
+
+
+class Bars:
+    """Progress bars with rate and remaining time, on stderr and only on a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet or not sys.stderr.isatty()
+
+    def __enter__(self) -> Any:
+        from onnxcollapse.rewriting.progress import Progress
+
+        if self._quiet:
+            return Progress()
+        from onnxcollapse.cli.bars import RichProgress
+
+        self._bars = RichProgress(console(stderr=True))
+        return self._bars.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._quiet:
+            self._bars.stop()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``onnxcollapse optimize``: the main job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcollapse.cli import options
+from onnxcollapse.cli.console import Bars, console, print_json, set_up_logging, table
+
+if TYPE_CHECKING:
+    from onnxcollapse.rewriting.pipeline import Result
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", "target", required=True, help="Model file, or folder when MODEL is one.")
+@click.option(
+    "--calib",
+    metavar="DATA",
+    help="Calibration data: .npz file, folder, pkg.mod:reader, text:FILE, images:DIR or random:N. Without it only "
+    "exact rewrites run.",
+)
+@click.option("--budget", type=float, help="Largest error at the outputs on held-out data.  [default: 0.01]")
+@click.option(
+    "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
+)
+@click.option("--target", "target_share", help="Share to keep at the least error, as params=0.75; also flops and bytes.")
+@click.option(
+    "--pass", "specs", multiple=True, metavar="NAME[:OPT=VALUE,...]", help="Run this pass; several run in the order given."
+)
+@options.provider
+@click.option("--report", "report_folder", metavar="DIR", help="Write report.html, report.json and journal.json there.")
+@options.seed
+@click.option("--allow-partial", is_flag=True, help="Write the best model even when budget or target are not met.")
+@options.as_json
+@options.verbose
+def optimize(
+    model: str,
+    target: str,
+    calib: str | None,
+    budget: float | None,
+    metric: str,
+    target_share: str | None,
+    specs: tuple[str, ...],
+    provider: str,
+    report_folder: str | None,
+    seed: int,
+    allow_partial: bool,
+    as_json: bool,
+    verbose: int,
+) -> None:
+    """Makes MODEL, an .onnx file or a folder as optimum exports it, smaller inside an error budget."""
+    set_up_logging(verbose)
+    from onnxcollapse.calibration import open_data
+    from onnxcollapse.model import Model
+    from onnxcollapse.report import write_report
+    from onnxcollapse.rewriting import pipeline, registry
+
+    passes = [registry.parse(spec) for spec in specs] or None
+    allowed = _budget(budget, metric, target_share)
+    loaded = Model.load(model)
+
+    data = open_data(calib, loaded, seed=seed) if calib else None
+    with Bars(quiet=as_json) as progress:
+        result = pipeline.optimize(
+            loaded, data, budget=allowed, passes=passes, provider=provider, seed=seed, progress=progress
+        )
+    if not allow_partial:
+        pipeline.require_met(result)
+    result.model.save(target)
+    summary = {**result.to_dict(), "peak_rss_bytes": _peak_rss(), "output": target}
+    if report_folder:
+        write_report(result, summary, Path(report_folder))
+    print_json(summary) if as_json else _show(result, summary)
+
+
+def _budget(error: float | None, metric: str, target: str | None) -> Any:
+    """Builds the budget: one not given is 0.01, or none at all beside a target."""
+    from onnxcollapse.rewriting.budget import Budget, Target
+
+    wanted = Target.parse(target) if target else None
+    return Budget(error if error is not None else (None if wanted else 0.01), metric, wanted)
+
+
+def _peak_rss() -> int:
+    """Returns the largest resident size that this process had, in bytes; 0 where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def _show(result: Result, summary: dict[str, Any]) -> None:
+    rows = [
+        (name, f"{summary[f'{name}_before']:,}", f"{summary[f'{name}_after']:,}",
+         _change(summary[f"{name}_before"], summary[f"{name}_after"]))
+        for name in ("params", "bytes", "flops")
+    ]
+    table("", ("", "before", "after", "change"), rows)
+    kept = result.journal.of("kept")
+    if kept:
+        table(
+            "\nRewritten",
+            ("pass", "site", "params saved", "predicted", "at outputs", "what"),
+            [
+                (e.pass_name, e.site, f"{e.saving.params:,}", f"{e.predicted_error:.3g}",
+                 "" if e.impact is None else f"{e.impact:.3g}", e.reason)
+                for e in kept
+            ],
+        )  # fmt: skip
+    left = [entry for entry in result.journal if entry.outcome != "kept"]
+    if left:
+        table(
+            "\nLeft as it was",
+            ("pass", "site", "outcome", "why"),
+            [(e.pass_name, " ".join((e.site, e.variant)).strip(), e.outcome, e.reason) for e in left],
+        )
+    _show_end(result, summary)
+
+
+def _show_end(result: Result, summary: dict[str, Any]) -> None:
+    out = console()
+    for note in result.notes:
+        out.print(f"Note: {note}", markup=False)
+    if result.error is None:
+        out.print("\nError at the outputs: not measured (no calibration data)")
+    else:
+        cap = "no cap" if result.budget.error is None else f"budget {result.budget.error:g}"
+        out.print(
+            f"\nError at the outputs: {result.error:.4g} {result.budget.metric} on held-out data ({cap}), "
+            f"measured on {result.provider}",
+            markup=False,
+        )
+    out.print(
+        f"Wrote {summary['output']} in {result.seconds:.1f} s, peak memory {summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
+        markup=False,
+    )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The container: a graph whose weights stay in their files, its folder, its companions and its signature."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir
+import onnx_ir as ir
+
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import carry, files, loading, saving
+from onnxcollapse.model.skeleton import Skeleton, clone, for_session
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["tensor", "sparse", "sequence", "optional", "other"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type and shape of an input or output.
+
+    Attributes:
+        name: Its name.
+        dtype: The element type; None when the model does not say.
+        shape: A size, a symbol's name or None (unknown) for each axis; None when the rank is unknown.
+        kind: What it is; only "tensor" can be fed as one array.
+    """
+
+    name: str
+    dtype: ir.DataType | None
+    shape: tuple[int | str | None, ...] | None
+    kind: Kind = "tensor"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs that must be given, outputs, and inputs with a default (`overridable`), in the model's order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    overridable: tuple[TensorSpec, ...] = ()
+
+
+@dataclass(eq=False)
+class Model:
+    """An ONNX model.
+
+    Attributes:
+        ir: The graph. It is swapped as a whole on roll-back, so values are never kept across transactions.
+        path: The .onnx file that it came from.
+        external: Whether its weights lay in external data.
+        companions: Files that go where it goes (config.json, tokenizer files, ...); only for models from a
+        folder.
+        folder: Whether it was loaded as a folder, and so is saved as one.
+    """
+
+    ir: onnx_ir.Model
+    path: Path | None = None
+    external: bool = False
+    companions: tuple[Path, ...] = ()
+    folder: bool = False
+
+    @property
+    def graph(self) -> onnx_ir.Graph:
+        """The main graph."""
+        return self.ir.graph
+
+    @classmethod
+    def load(cls, source: str | Path) -> Model:
+        """Load an .onnx file, or the one in a folder; weights stay where they are.
+
+        Raises:
+            ModelError: There is no such model, it is damaged, or its external data is missing or elsewhere.
+        """
+        source = Path(source)
+        path = files.find_model(source)
+        loaded = loading.load(path)
+        companions = files.find_companions(source, loaded.weight_files) if source.is_dir() else ()
+        return cls(loaded.model, path, loaded.external, companions, source.is_dir())
+
+    def save(self, target: str | Path, *, external: bool | None = None) -> None:
+        """Write the model at once or not at all; it stays usable, even when its own source is replaced.
+
+        Args:
+            target: An .onnx file. A folder, if it exists as one or the model came from one: then the file
+                keeps its name and the companions are copied along.
+            external: Put the weights into `<file>.data`. None: as loaded, and when they exceed 2 GB.
+
+        Raises:
+            ModelError: It cannot be written; what was there before is untouched.
+        """
+        target = Path(target)
+        if external is None and self.external:
+            external = True
+        if not self._means_folder(target):
+            saving.save(self.ir, target, external=external)
+            return
+        with files.writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+        saving.save(self.ir, target / (self.path.name if self.path else "model.onnx"), external=external)
+        for companion in self.companions:
+            files.copy(companion, target / companion.name)
+
+    def _means_folder(self, target: Path) -> bool:
+        return target.is_dir() or (self.folder and target.suffix != ".onnx")
+
+    def clone(self) -> Model:
+        """A copy of the graph that shares the weights."""
+        return Model(clone(self.ir), self.path, self.external, self.companions, self.folder)
+
+    def to_bytes(self) -> bytes:
+        """The whole model with its weights inside; raises ModelError above 2 GB."""
+        return saving.to_bytes(self.ir)
+
+    def skeleton(self) -> Skeleton:
+        """The model for an ONNX Runtime session that gets the big weights in memory."""
+        return for_session(self.ir)
+
+    def signature(self) -> Signature:
+        """Inputs and outputs as a caller sees them."""
+        graph = self.graph
+        return Signature(
+            inputs=tuple(_spec(v) for v in graph.inputs if not v.is_initializer()),
+            outputs=tuple(_spec(v) for v in graph.outputs),
+            overridable=tuple(_spec(v) for v in graph.inputs if v.is_initializer()),
+        )
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = None
+    if value.shape is not None:
+        shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    return TensorSpec(value.name or "", value.dtype, shape, _kind(value))
+
+
+def _kind(value: ir.Value) -> Kind:
+    if carry.type_name(value) is not None:
+        return "other"
+    kinds: dict[type, Kind] = {
+        ir.SparseTensorType: "sparse",
+        ir.SequenceType: "sequence",
+        ir.OptionalType: "optional",
+    }
+    return kinds.get(type(value.type), "tensor")
+
+
+def load(source: str | Path) -> Model:
+    """`Model.load`."""
+    return Model.load(source)
+
+
+__all__ = ["Kind", "Model", "ModelError", "Signature", "Skeleton", "TensorSpec", "load"]

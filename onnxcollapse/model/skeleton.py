@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelProtos without the weights: for writing, for sessions, for shape inference and for the checker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import carry, walk
+from onnxcollapse.model.wire import BIG
+
+SESSION_LOCATION = "onnxcollapse.weights"
+_SHAPE_DATA = 1 << 16  # integer tensors up to this size may be shapes or indices that inference reads
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model for ONNX Runtime whose big weights are handed over in memory.
+
+    Attributes:
+        proto: The model. Big initializers of the main graph refer to a file that does not exist.
+        weights: Their tensors by name, for `SessionOptions.add_external_initializers`.
+    """
+
+    proto: onnx.ModelProto
+    weights: dict[str, ir.TensorProtocol]
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """A copy of the graph that shares the weights."""
+    copy = model.clone()
+    carry.copy_meta(model, copy)
+    for graph in walk.graphs(copy):
+        for value in [
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(v for node in graph for v in node.outputs),
+        ]:
+            # onnx_ir shares the type objects, and setting a value's dtype changes them in place.
+            if isinstance(value.type, ir.TensorType):
+                value.type = ir.TensorType(value.type.dtype, denotation=value.type.denotation)
+    return copy
+
+
+def encode(model: ir.Model, change: walk.TensorMap) -> onnx.ModelProto:
+    """A proto of the model in which every stored tensor is `change(tensor)`; `model` stays as it is."""
+    copy = clone(model)
+    walk.map_tensors(copy, change)
+    return _proto(copy)
+
+
+def _proto(model: ir.Model) -> onnx.ModelProto:
+    for tensor in walk.tensors(model):
+        if isinstance(tensor, ir.serde.TensorProtoTensor) and tensor.raw.metadata_props:
+            tensor.raw.ClearField("metadata_props")  # read already; onnx_ir 1.1 would write the entries twice
+    try:
+        proto = ir.to_proto(model)
+    except ir.serde.SerdeError as error:
+        raise ModelError(f"the graph cannot be written: {root_cause(error)}") from error
+    carry.restore(proto, model)
+    return proto
+
+
+def root_cause(error: BaseException) -> str:
+    """What an onnx_ir error goes back to, in one line; its own message only names the place."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def reference(tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
+    """A placeholder for `tensor` that serialises to a reference to `size` bytes at `offset` of `location`."""
+    return ir.ExternalTensor(
+        location,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props) or None,
+    )
+
+
+def is_big(tensor: ir.TensorProtocol) -> bool:
+    """Whether the tensor is kept out of skeletons: raw bytes, and many of them."""
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= BIG
+
+
+def for_session(model: ir.Model) -> Skeleton:
+    """The model for an ONNX Runtime session that gets its weights in memory.
+
+    Big constants of the main graph become initializers, since only those can be handed over; what lies in
+    subgraphs and functions stays inside the proto.
+
+    Raises:
+        ModelError: The weights in subgraphs and functions exceed what a proto can hold.
+    """
+    copy = clone(model)
+    _lift_constants(copy.graph)
+    weights = {}
+    for name, value in copy.graph.initializers.items():
+        if value.const_value is not None and is_big(value.const_value):
+            weights[name] = value.const_value
+            value.const_value = reference(value.const_value, SESSION_LOCATION, 0)
+    rest = sum(t.nbytes for t in walk.tensors(copy) if is_big(t) and not isinstance(t, ir.ExternalTensor))
+    if rest >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise ModelError(
+            f"subgraphs and functions hold {rest} bytes of weights, more than a session can be given"
+        )
+    walk.map_tensors(copy, _held)
+    return Skeleton(_proto(copy), weights)
+
+
+def _held(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor in memory, unless it is a placeholder for a session."""
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.location == SESSION_LOCATION:
+        return tensor
+    proto = onnx.TensorProto(
+        name=tensor.name, data_type=tensor.dtype.value, dims=tensor.shape.numpy(), raw_data=tensor.tobytes()
+    )
+    return ir.serde.TensorProtoTensor(proto)
+
+
+def _lift_constants(graph: ir.Graph) -> None:
+    for node in list(graph):
+        value = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
+        if value is None or value.is_ref() or not is_big(value.as_tensor()):
+            continue
+        [old] = node.outputs
+        if old.is_graph_output():
+            continue
+        name, tensor = old.name, value.as_tensor()
+        old.name = None
+        new = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
+        old.replace_all_uses_with(new)
+        graph.remove(node, safe=True)
+        graph.initializers.add(new)
+
+
+def for_inference(model: ir.Model) -> onnx.ModelProto:
+    """The model with its big tensors reduced to type and shape, for `onnx.shape_inference`.
+
+    Small integer tensors stay, since Reshape and its like read them.
+    """
+
+    def change(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if not is_big(tensor):
+            return tensor
+        if tensor.dtype == ir.DataType.INT64 and tensor.nbytes <= _SHAPE_DATA:
+            return _held(tensor)
+        return reference(tensor, SESSION_LOCATION, 0)
+
+    return strip(encode(model, change))
+
+
+def for_checker(model: ir.Model) -> onnx.ModelProto:
+    """The model with its big tensors emptied, for `onnx.checker` without shape inference."""
+
+    def change(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if not is_big(tensor):
+            return tensor
+        return ir.serde.TensorProtoTensor(
+            onnx.TensorProto(name=tensor.name, data_type=tensor.dtype.value, dims=[0])
+        )
+
+    return encode(model, change)
+
+
+def strip(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Take the data out of the big tensors of `proto`, references to files included; type and shape stay."""
+    for graph in carry.proto_graphs(proto):
+        tensors = list(graph.initializer) if isinstance(graph, onnx.GraphProto) else []
+        for node in graph.node:
+            for attribute in node.attribute:
+                tensors += [attribute.t] if attribute.HasField("t") else attribute.tensors
+        for tensor in tensors:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
+            elif len(tensor.raw_data) > _SHAPE_DATA:
+                tensor.ClearField("raw_data")
+    return proto

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was tried, kept, rolled back and left alone, and why; the report and the tests read it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from onnxcollapse.rewriting.proposal import Saving
+
+Outcome = Literal["kept", "declined", "rolled-back"]
+
+
+def _plain(value: Any) -> Any:
+    """Rounds floats to six significant digits, so that a journal shows what is meant and not the last bit."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that happened to one site.
+
+    Attributes:
+        outcome: ``kept``, ``declined`` (left as it was) or ``rolled-back`` (tried and undone).
+        pass_name: The pass with its options as `Pass.describe` gives them.
+        site: Name of the site.
+        variant: Which alternative of the site.
+        reason: Why; for what was kept, what was done.
+        predicted_error: Relative error at the site itself, in closed form on held-out statistics.
+        impact: Error at the outputs of this rewrite alone on a sample of the fit part; None if not measured.
+        error: Error at the outputs on the held-out part once it was applied with all before it; None likewise.
+        saving: What it took away, measured by applying it.
+    """
+
+    outcome: Outcome
+    pass_name: str
+    site: str
+    variant: str = ""
+    reason: str = ""
+    predicted_error: float = 0.0
+    impact: float | None = None
+    error: float | None = None
+    saving: Saving = field(default_factory=Saving)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the entry as plain JSON types."""
+        record = asdict(self)
+        record["pass"] = record.pop("pass_name")
+        return dict(sorted(_plain(record).items()))
+
+
+@dataclass
+class Journal:
+    """All entries in the order in which they happened. Holds no times, so equal runs give equal journals.
+
+    Attributes:
+        facts: What the run was about: model, data, split, metric, budget, providers asked for and obtained.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        """Appends an entry, unless the very same was the site's last word already."""
+        if not (entry.outcome == "declined" and entry in self.entries):
+            self.entries.append(entry)
+
+    def of(self, outcome: Outcome) -> list[Entry]:
+        """Returns the entries with one outcome."""
+        return [entry for entry in self.entries if entry.outcome == outcome]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns facts and entries as plain JSON types."""
+        return {"facts": _plain(self.facts), "entries": [entry.to_dict() for entry in self.entries]}
+
+    def to_json(self) -> str:
+        """Returns the journal as an indented JSON document."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"

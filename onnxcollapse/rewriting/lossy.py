@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lossy stage: proposals priced at the outputs, chosen under one budget, applied front to back, measured.
+
+A round goes: sites -> statistics (one run for all) -> proposals -> price of each at the outputs (on a few held-out
+samples) -> choice -> application front to back, each site fitted again to what the rewritten model before it
+really produces -> measurement on the held-out part -> keep, or halve what failed. Rounds repeat while they
+keep something, because a rewrite makes new sites.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterable, Sequence
+
+from onnxcollapse.calibration import Dataset, Statistics, collect
+from onnxcollapse.calibration.statistics import Request
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import Model, edit
+from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
+from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.progress import Progress
+from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving, Site
+from onnxcollapse.rewriting.selection import Candidate, admit, affordable, ranked, reaching
+from onnxcollapse.rewriting.transaction import extent, saving_between
+from onnxcollapse.verification import Verifier
+
+logger = logging.getLogger(__name__)
+
+PRICE_SAMPLES = 64
+"""Held-out samples on which a candidate's effect at the outputs is measured. The fit part would flatter fits with few
+rows, and the measurement only orders candidates and leaves out hopeless ones."""
+
+MAX_ROUNDS = 12
+
+
+class LossyStage:
+    """Runs lossy passes on a model in place, under a budget.
+
+    Args:
+        model: Edited in place.
+        passes: Lossy passes; the order decides between equals only.
+        data: Calibration data with a fit and a held-out part.
+        verifier: Measures the error against the model that the user gave.
+        budget: What is accepted and wanted.
+        journal: Receives every outcome.
+        original: The user's model, before the exact stage; a target is a share of it.
+        provider: Where statistics are computed.
+        progress: Told how far the work is.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        passes: Sequence[Pass],
+        data: Dataset,
+        verifier: Verifier,
+        budget: Budget,
+        journal: Journal,
+        *,
+        original: Model,
+        provider: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        self._model = model
+        self._passes = passes
+        self._data = data
+        self._shapes = data.shapes()
+        self._verifier = verifier
+        self._budget = budget
+        self._journal = journal
+        self._original = original
+        self._provider = provider
+        self._progress = progress or Progress()
+        self._reference = model.clone()
+        self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
+        self.error = verifier.error(model)
+        self.changed = False
+
+    def run(self) -> None:
+        """Runs rounds until one keeps nothing or the target is reached."""
+        for number in range(MAX_ROUNDS):
+            if self._passes and self._missing() > 0 and not self._round(number):
+                break
+
+    def _missing(self) -> float:
+        """How much still has to be saved for the target; infinite without one, so that all that fits is saved."""
+        target = self._budget.target
+        if target is None:
+            return math.inf
+        left = extent(self._model, self._shapes).of(target.measure)
+        return left - target.share * extent(self._original, self._shapes).of(target.measure)
+
+    @property
+    def target_met(self) -> bool:
+        """Whether the target is reached; true without one."""
+        return self._budget.target is None or self._missing() <= 0
+
+    # One round
+
+    def _round(self, number: int) -> bool:
+        start = self._model.clone()
+        fresh = [item for item in self._candidates(start) if (item.key, item.nodes) not in self._refused]
+        measure = self._budget.target.measure if self._budget.target else "params"
+        queue = ranked(self._price(start, fresh, number), measure)
+        kept: list[Candidate] = []
+
+        def attempt(group: Sequence[Candidate]) -> bool:
+            return self._attempt(start, kept, group)
+
+        for group in self._groups(queue, measure):
+            admit(group, attempt, self._roll_back)
+            if self._missing() <= 0:
+                break
+        return bool(kept)
+
+    def _groups(self, queue: list[Candidate], measure: str) -> Iterable[list[Candidate]]:
+        """Splits the queue: first what should do, then the rest one by one, in case there is room left."""
+        if self._budget.target is None:
+            first = affordable(queue, self._budget.cap - self.error)
+        else:
+            first = reaching(queue, measure, math.ceil(self._missing()))
+        yield first
+        for candidate in queue[len(first) :]:
+            yield [candidate]
+
+    def _candidates(self, model: Model) -> list[Candidate]:
+        """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
+        order = {node: index for index, node in enumerate(model.graph)}
+        places: list[tuple[Pass, Site]] = []
+        for item in self._passes:
+            if item.on_request and any(entry.pass_name == item.describe() for entry in self._journal):
+                continue  # applied or refused already, and meant to run once
+            for site in item.sites(model):
+                if isinstance(site, Decline):
+                    self._decline(item, site)
+                else:
+                    places.append((item, site))
+        requests = [request for item, site in places for request in item.requests(site)]
+        statistics = self._collect(model, requests, self._reference if self.changed else None)
+        found = []
+        for item, site in places:
+            nodes = [node for node in site.nodes if node in order]
+            position = min((order[node] for node in nodes), default=0)
+            names = frozenset(node.name or str(order[node]) for node in nodes)
+            for offer in item.propose(site, statistics):
+                if isinstance(offer, Decline):
+                    self._decline(item, offer)
+                else:
+                    found.append(Candidate(item, offer, position, names))
+        return found
+
+    def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:
+        """Applies each candidate alone and measures what it saves and what it costs at the outputs."""
+        priced = []
+        with self._progress.task(f"round {number + 1}: pricing", len(candidates)) as task:
+            for candidate in candidates:
+                task.advance()
+                reason, saving, impact = self._trial(start, candidate)
+                if reason is None:
+                    priced.append(dataclasses.replace(candidate, saving=saving, impact=impact))
+                else:
+                    self._refuse(candidate, "declined", reason, saving=saving, impact=impact)
+        return priced
+
+    def _trial(self, start: Model, candidate: Candidate) -> tuple[str | None, Saving, float]:
+        trial = start.clone()
+        try:
+            self._apply(trial, candidate.maker, candidate.proposal)
+        except ModelError as error:
+            return str(error), Saving(), math.inf
+        saving = saving_between(start, trial, self._shapes)
+        objection = None if candidate.maker.on_request else saving.objection()
+        if objection is not None:
+            return objection, saving, math.inf
+        impact = self._verifier.error(trial, limit=PRICE_SAMPLES)
+        if not math.isfinite(impact):
+            return "the outputs are no numbers any more", saving, impact
+        if impact > self._budget.cap:
+            return f"alone it moves the outputs by {impact:.4g}, over the budget of {self._budget.cap:g}", saving, impact
+        return None, saving, impact
+
+    @staticmethod
+    def _apply(model: Model, maker: Pass, proposal: Proposal) -> None:
+        maker.apply(model, [proposal])
+        edit.prune(model)
+        edit.check(model)
+
+    def _attempt(self, start: Model, kept: list[Candidate], group: Sequence[Candidate]) -> bool:
+        """Builds the model with what was kept and the group, and keeps it when the held-out error fits."""
+        trial, done = self._realize(start, [*kept, *group])
+        error = self._verifier.error(trial)
+        if not error <= self._budget.cap:
+            logger.info("%d rewrites together: error %.4g, rolled back", len(kept) + len(group), error)
+            self._failed_error = error
+            return False
+        kept.extend(group)
+        self._model.ir = trial.ir
+        self.changed = True
+        self.error = error
+        for candidate in group:
+            proposal = done[candidate.key]
+            self._journal.add(
+                Entry(
+                    "kept",
+                    candidate.maker.describe(),
+                    proposal.site,
+                    proposal.variant,
+                    proposal.detail,
+                    proposal.predicted_error,
+                    candidate.impact,
+                    error,
+                    candidate.saving,
+                )
+            )
+        return True
+
+    def _realize(
+        self, start: Model, chosen: Sequence[Candidate]
+    ) -> tuple[Model, dict[tuple[str, str, str], Proposal]]:
+        """Applies the chosen front to back; each is fitted again from the rewritten prefix to the original's target."""
+        trial = start.clone()
+        done: dict[tuple[str, str, str], Proposal] = {}
+        with self._progress.task("fitting", len(chosen)) as task:
+            for candidate in sorted(chosen, key=lambda item: item.position):
+                proposal = self._refit(trial, candidate) if done else candidate.proposal
+                self._apply(trial, candidate.maker, proposal)
+                done[candidate.key] = proposal
+                task.advance()
+        return trial, done
+
+    def _refit(self, model: Model, candidate: Candidate) -> Proposal:
+        """Proposes the same variant again with features of `model` as it is now and targets of the original."""
+        site = next(
+            site
+            for site in candidate.maker.sites(model)
+            if not isinstance(site, Decline) and site.name == candidate.proposal.site
+        )
+        requests = candidate.maker.requests(site)
+        if not requests:
+            return candidate.proposal
+        statistics = self._collect(model, requests, self._reference)
+        for offer in candidate.maker.propose(site, statistics):
+            if isinstance(offer, Proposal) and offer.variant == candidate.proposal.variant:
+                return offer
+        return candidate.proposal
+
+    # What goes to others
+
+    def _collect(self, model: Model, requests: Sequence[Request], reference: Model | None) -> Statistics | None:
+        if not requests:
+            return None
+        with self._progress.task("statistics", 0) as task:
+            return collect(
+                model,
+                requests,
+                self._data,
+                provider=self._provider,
+                reference=reference,
+                progress=task.update,
+            )
+
+    def _decline(self, item: Pass, decline: Decline) -> None:
+        self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
+
+    def _roll_back(self, candidate: Candidate) -> None:
+        reason = (
+            f"with what was kept before it the held-out error is {self._failed_error:.4g}, "
+            f"over the budget of {self._budget.cap:g}"
+        )
+        saving, impact = candidate.saving, candidate.impact
+        self._refuse(candidate, "rolled-back", reason, saving=saving, impact=impact, error=self._failed_error)
+
+    def _refuse(
+        self,
+        candidate: Candidate,
+        outcome: Outcome,
+        reason: str,
+        *,
+        saving: Saving,
+        impact: float,
+        error: float | None = None,
+    ) -> None:
+        """Notes a candidate's end; it is not tried again unless its site changes."""
+        self._refused.add((candidate.key, candidate.nodes))
+        proposal, maker = candidate.proposal, candidate.maker.describe()
+        known = impact if math.isfinite(impact) else None
+        self._journal.add(
+            Entry(
+                outcome,
+                maker,
+                proposal.site,
+                proposal.variant,
+                reason,
+                proposal.predicted_error,
+                known,
+                error,
+                saving,
+            )
+        )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol of a pass: it reads structure and statistics and says what it would rewrite; the engine decides.
+
+A pass never runs the model and never measures it. It is a frozen dataclass whose fields are its options, so the
+command line, the journal and the report all describe it from one place.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Union
+
+from onnxcollapse.calibration.statistics import Request, Statistics
+from onnxcollapse.errors import ModelError, OptionError
+from onnxcollapse.model import Model
+from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One kind of rewrite.
+
+    Subclasses are frozen dataclasses and implement `sites`, `propose` and `rewrite`, and `requests` when they
+    need statistics. All three are pure readers but `rewrite`, which edits the model it is given inside a
+    transaction that the engine holds.
+    """
+
+    name: ClassVar[str] = ""
+    on_request: ClassVar[bool] = False
+    """Whether it does what the user asked for by name: then it is applied once, and also when it saves nothing."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether rewrites keep the function, so that they need no calibration data and no budget."""
+        return False
+
+    @abc.abstractmethod
+    def sites(self, model: Model) -> Iterable[Site | Decline]:
+        """Finds the places this pass could rewrite, in graph order, by structure alone."""
+
+    def requests(self, site: Any) -> Sequence[Request]:  # noqa: ARG002
+        """Names the statistics that `propose` needs for a site."""
+        return ()
+
+    @abc.abstractmethod
+    def propose(self, site: Any, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
+        """Turns a site and its statistics into alternatives, at most one of which is applied."""
+
+    @abc.abstractmethod
+    def rewrite(self, model: Model, site: Any, proposal: Proposal) -> None:
+        """Applies a proposal to a site of `model`; may raise `ModelError`, which rolls it back."""
+
+    def apply(self, model: Model, proposals: Sequence[Proposal]) -> None:
+        """Finds the proposals' sites in `model`, which share no nodes, and rewrites them.
+
+        Raises:
+            ModelError: A site is not there any more, because another rewrite consumed it.
+        """
+        found = {site.name: site for site in self.sites(model) if not isinstance(site, Decline)}
+        for proposal in proposals:
+            if proposal.site not in found:
+                raise ModelError(f"{self.name}: site '{proposal.site}' is gone; an earlier rewrite consumed it")
+            self.rewrite(model, found[proposal.site], proposal)
+
+    def describe(self) -> str:
+        """Returns the name with the options that differ from their defaults, as ``--pass`` takes it."""
+        changed = [
+            f"{field.name.replace('_', '-')}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Returns the alternatives of a union type, or the type itself."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _convert(text: str, kind: Any) -> Any:
+    """Reads an option's text as its annotated type; raises ValueError when it is none."""
+    for member in _members(kind):
+        if member is type(None):
+            if text.lower() in ("none", ""):
+                return None
+        elif typing.get_origin(member) is typing.Literal:
+            if text in typing.get_args(member):
+                return text
+        elif member is bool:
+            if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+                return text.lower() in ("true", "1", "yes")
+        elif member in (int, float, str):
+            try:
+                return member(text)
+            except ValueError:
+                continue
+    raise ValueError(text)
+
+
+def _expected(kind: Any) -> str:
+    """Describes an option's type for an error message and for the list of passes."""
+    words = []
+    for member in _members(kind):
+        if typing.get_origin(member) is typing.Literal:
+            words.append("|".join(map(str, typing.get_args(member))))
+        else:
+            words.append("none" if member is type(None) else member.__name__)
+    return " or ".join(words)
+
+
+def option_types(pass_type: type[Pass]) -> dict[str, Any]:
+    """Returns the annotated type of each option of a pass, by field name."""
+    hints = typing.get_type_hints(pass_type)
+    return {field.name: hints[field.name] for field in dataclasses.fields(pass_type)}
+
+
+def describe_options(pass_type: type[Pass]) -> list[tuple[str, str, str]]:
+    """Returns (option, type, default) of each option of a pass, as the command line spells them."""
+    kinds = option_types(pass_type)
+    rows = []
+    for field in dataclasses.fields(pass_type):
+        default = "required" if field.default is dataclasses.MISSING else str(field.default)
+        rows.append((field.name.replace("_", "-"), _expected(kinds[field.name]), default))
+    return rows
+
+
+def build(pass_type: type[Pass], options: Mapping[str, str]) -> Pass:
+    """Makes a pass from options given as text.
+
+    Raises:
+        OptionError: An option is unknown, missing, or not of its type.
+    """
+    kinds = option_types(pass_type)
+    values: dict[str, Any] = {}
+    for option, text in options.items():
+        field = option.replace("-", "_")
+        if field not in kinds:
+            known = ", ".join(name.replace("_", "-") for name in kinds) or "none"
+            raise OptionError(f"pass '{pass_type.name}' has no option '{option}'; it has: {known}")
+        try:
+            values[field] = _convert(text, kinds[field])
+        except ValueError:
+            raise OptionError(
+                f"pass '{pass_type.name}': option '{option}' is '{text}', but takes {_expected(kinds[field])}"
+            ) from None
+    missing = [
+        f.name for f in dataclasses.fields(pass_type) if f.default is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise OptionError(f"pass '{pass_type.name}' needs the option '{missing[0]}': {pass_type.name}:{missing[0]}=...")
+    try:
+        return pass_type(**values)
+    except ValueError as error:
+        raise OptionError(f"pass '{pass_type.name}': {error}") from None

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way from a model to a smaller one: exact stage, lossy stage, exact stage again, final measurement."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcollapse.calibration import Dataset
+from onnxcollapse.errors import BudgetNotMetError
+from onnxcollapse.model import Model, Size, flops, provenance, size
+from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.exact import ExactStage
+from onnxcollapse.rewriting.journal import Entry, Journal
+from onnxcollapse.rewriting.lossy import LossyStage
+from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.progress import Progress
+from onnxcollapse.rewriting.registry import defaults
+from onnxcollapse.verification import Verifier
+
+logger = logging.getLogger(__name__)
+
+NEEDS_DATA = "needs calibration data: give --calib to have its effect predicted and measured"
+
+
+@dataclass
+class Result:
+    """A smaller model and everything that is known about how it came about.
+
+    Attributes:
+        model: The rewritten model; the one given is untouched.
+        journal: What was kept, declined and rolled back, and why.
+        error: Error at the outputs on the held-out part; None without data.
+        met: Whether budget and target were met.
+        before: Size of the model given.
+        after: Size of the rewritten model.
+        flops_before: FLOPs at the calibration data's shapes, dynamic dimensions 1 without data.
+        flops_after: Likewise.
+        provider: Execution provider that measured; empty without data.
+        seconds: Wall time.
+    """
+
+    model: Model
+    journal: Journal
+    budget: Budget
+    error: float | None
+    met: bool
+    before: Size
+    after: Size
+    flops_before: int
+    flops_after: int
+    provider: str = ""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the summary that ``--json`` prints, as plain JSON types."""
+        return {
+            "params_before": self.before.params,
+            "params_after": self.after.params,
+            "bytes_before": self.before.bytes,
+            "bytes_after": self.after.bytes,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "metric": self.budget.metric,
+            "error": self.error,
+            "budget": self.budget.error,
+            "target": str(self.budget.target) if self.budget.target else None,
+            "met": self.met,
+            "provider": self.provider,
+            "seconds": round(self.seconds, 3),
+            "rewrites": [
+                {
+                    "pass": entry.pass_name,
+                    "site": entry.site,
+                    "variant": entry.variant,
+                    "params_saved": entry.saving.params,
+                    "bytes_saved": entry.saving.bytes,
+                    "flops_saved": entry.saving.flops,
+                    "predicted_error": entry.predicted_error,
+                    "impact": entry.impact,
+                    "detail": entry.reason,
+                }
+                for entry in self.journal.of("kept")
+            ],
+            "declined": [
+                {"pass": entry.pass_name, "site": entry.site, "variant": entry.variant, "reason": entry.reason}
+                for entry in self.journal
+                if entry.outcome != "kept"
+            ],
+            "notes": self.notes,
+        }
+
+
+def _tolerance(model: Model) -> float:
+    """Returns the error at the outputs that reassociated arithmetic alone explains in the model's narrowest type."""
+    narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return 1e-2 if any(tensor is not None and tensor.dtype in narrow for tensor in tensors) else 1e-4
+
+
+def _exactness(
+    model: Model, data: Dataset | None, verifier: Verifier | None, provider: str
+) -> Callable[[Model], float] | None:
+    """Returns what measures exact rewrites: always relative L2, whatever the metric of the budget."""
+    if data is None or verifier is None:
+        return None
+    return (verifier if verifier.metric == "rel-l2" else Verifier(model, data, "rel-l2", provider)).error
+
+
+def _journal_for(model: Model, data: Dataset | None, budget: Budget, passes: Sequence[Pass], seed: int) -> Journal:
+    journal = Journal()
+    journal.facts = {
+        "model": model.path.name if model.path else None,
+        "passes": [item.describe() for item in passes],
+        "metric": budget.metric,
+        "budget": budget.error,
+        "target": str(budget.target) if budget.target else None,
+        "seed": seed,
+        "data": None if data is None else {"samples": data.samples, "evidence": data.evidence},
+    }
+    return journal
+
+
+def optimize(
+    model: Model,
+    data: Dataset | None = None,
+    *,
+    budget: Budget | None = None,
+    passes: Sequence[Pass] | None = None,
+    provider: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Makes a model smaller inside a budget; see the module for the order of things.
+
+    Args:
+        model: Left as it is.
+        data: Calibration data; without it only exact rewrites run.
+        budget: Largest error at the outputs and what is wanted; by default 1 % relative L2.
+        passes: Those to run; by default all that are registered and need no options.
+        provider: Where calibration and measurement run.
+        seed: Recorded; the data was split with it.
+        progress: Told how far the work is.
+
+    Returns:
+        The smaller model with its journal and sizes.
+
+    Raises:
+        OnnxCollapseError: The model, data, metric or provider cannot be used.
+    """
+    began = time.perf_counter()
+    budget = budget or Budget()
+    chosen = list(defaults() if passes is None else passes)
+    exact = [item for item in chosen if item.exact]
+    lossy = [item for item in chosen if not item.exact]
+    journal = _journal_for(model, data, budget, chosen, seed)
+    work, notes, met = model.clone(), list[str](), budget.target is None
+    verifier = None if data is None else Verifier(model, data, budget.metric, provider)
+    ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model)).run()
+    if data is not None and verifier is not None and lossy:
+        stage = LossyStage(
+            work, lossy, data, verifier, budget, journal, original=model, provider=provider, progress=progress
+        )
+        stage.run()
+        met = stage.target_met
+        if stage.changed:
+            reached = verifier.error(work)
+            ExactStage(work, exact, journal, lambda m: verifier.error(m) - reached, _tolerance(model)).run()
+    elif lossy:
+        for item in lossy:
+            journal.add(Entry("declined", item.describe(), "graph", reason=NEEDS_DATA))
+        notes.append("exact rewrites only: --calib DATA would let " + ", ".join(i.name for i in lossy) + " run too")
+    error = verifier.error(work) if verifier is not None else None
+    shapes = data.shapes() if data is not None else None
+    if data is not None and not data.evidence:
+        notes.append("the calibration data is random: the error reached says nothing about real inputs")
+    kept = journal.of("kept")
+    if kept:
+        provenance.record(work, "passes", " ".join(dict.fromkeys(entry.pass_name for entry in kept)))
+    return Result(
+        work,
+        journal,
+        budget,
+        error,
+        met and (error is None or error <= max(budget.cap, _tolerance(model))),
+        size(model),
+        size(work),
+        flops(model, shapes=shapes),
+        flops(work, shapes=shapes),
+        provider=verifier.provider.obtained if verifier is not None and verifier.provider is not None else "",
+        seconds=time.perf_counter() - began,
+        notes=notes,
+    )
+
+
+def require_met(result: Result) -> None:
+    """Raises `BudgetNotMetError` when a result misses its budget or target."""
+    if not result.met:
+        wanted = f"target {result.budget.target}" if result.budget.target else f"budget {result.budget.error}"
+        share = result.after.params / max(result.before.params, 1)
+        raise BudgetNotMetError(
+            f"{wanted} not met: {share:.1%} of the parameters are left at error {result.error}; "
+            "raise the budget, or write the best model with --allow-partial"
+        )
+
+
+def save(result: Result, target: str | Path) -> None:
+    """Writes the model of a result."""
+    result.model.save(target)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What passes say about the sites they look at: proposals to rewrite them and declines with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+
+class Site(Protocol):
+    """A place in a model that a pass may rewrite; every class of `structure` that has these two is one.
+
+    The name has to identify the place in every copy of the graph: the name of the tensor it produces does.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def nodes(self) -> Iterable[ir.Node]: ...
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a rewrite takes away: parameters, stored bytes, floating-point operations and nodes (negative: adds)."""
+
+    params: int = 0
+    bytes: int = 0
+    flops: int = 0
+    nodes: int = 0
+
+    def __sub__(self, other: Saving) -> Saving:
+        return Saving(
+            self.params - other.params,
+            self.bytes - other.bytes,
+            self.flops - other.flops,
+            self.nodes - other.nodes,
+        )
+
+    def of(self, measure: str) -> int:
+        """Returns the saving in one measure: ``params``, ``bytes``, ``flops`` or ``nodes``."""
+        return int(getattr(self, measure))
+
+    def objection(self) -> str | None:
+        """Says why a rewrite with this saving would leave the model no better, or None when it pays."""
+        grown = [name for name in ("params", "bytes", "flops") if self.of(name) < 0]
+        if grown:
+            return "would grow the model: " + ", ".join(f"{name} by {-self.of(name):,}" for name in grown)
+        if not any((self.params, self.bytes, self.flops, self.nodes > 0)):
+            return "would save nothing"
+        return None
+
+
+@dataclass(frozen=True)
+class GraphSite:
+    """The whole graph as one site, for passes that work on all of it at once.
+
+    Attributes:
+        saving: What a dry run took away.
+    """
+
+    nodes: tuple[ir.Node, ...] = ()
+    name: str = "graph"
+    saving: Saving = field(default_factory=Saving)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One rewrite at one site.
+
+    Attributes:
+        site: Name of the site; the pass finds it again by that name when the rewrite is applied.
+        variant: Which of the site's alternatives this is, unique within the site and pass.
+        detail: In words, for the journal.
+        predicted_error: Relative error at the site's own output on held-out data, in closed form; 0 if exact.
+        saving: Predicted saving; the engine measures the real one when it applies the rewrite.
+        payload: What the pass needs to do it, such as a fitted matrix; nobody else looks into it.
+    """
+
+    site: str
+    variant: str = ""
+    detail: str = ""
+    predicted_error: float = 0.0
+    saving: Saving = field(default_factory=Saving)
+    payload: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A site that a pass looked at and left as it was, and why."""
+
+    site: str
+    reason: str

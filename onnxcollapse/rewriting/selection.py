@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses among candidates: which of them to try together, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.proposal import Proposal, Saving
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A proposal with what it really saves and costs.
+
+    Attributes:
+        maker: The pass that proposed it.
+        position: Index of the site in graph order; rewrites are applied front to back.
+        nodes: Names of the nodes that the site holds; candidates that share one exclude each other.
+        saving: Measured by applying it alone.
+        impact: Error at the outputs of it alone, on a sample.
+    """
+
+    maker: Pass
+    proposal: Proposal
+    position: int
+    nodes: frozenset[str]
+    saving: Saving = Saving()
+    impact: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Pass, site and variant."""
+        return self.maker.describe(), self.proposal.site, self.proposal.variant
+
+
+def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Keeps each candidate that shares no node with one before it."""
+    taken: set[str] = set()
+    kept = []
+    for candidate in candidates:
+        if not candidate.nodes & taken:
+            taken |= candidate.nodes
+            kept.append(candidate)
+    return kept
+
+
+def ranked(candidates: Sequence[Candidate], measure: str = "params") -> list[Candidate]:
+    """Orders candidates by error per unit saved, cheapest first, and leaves out those that exclude each other."""
+
+    def price(candidate: Candidate) -> tuple[float, int]:
+        saved = candidate.saving.of(measure)
+        return (candidate.impact / saved if saved > 0 else float("inf"), candidate.position)
+
+    return compatible(sorted(candidates, key=price))
+
+
+def affordable(candidates: Sequence[Candidate], cap: float) -> list[Candidate]:
+    """Returns the longest run from the front whose impacts add up to at most `cap`.
+
+    Errors do not add up exactly, so this is only the first guess that is then measured.
+    """
+    total, chosen = 0.0, []
+    for candidate in candidates:
+        total += candidate.impact
+        if total > cap:
+            break
+        chosen.append(candidate)
+    return chosen
+
+
+def reaching(candidates: Sequence[Candidate], measure: str, needed: int) -> list[Candidate]:
+    """Returns the shortest run from the front that saves at least `needed`, or all when none does."""
+    saved, chosen = 0, []
+    for candidate in candidates:
+        if saved >= needed:
+            break
+        saved += candidate.saving.of(measure)
+        chosen.append(candidate)
+    return chosen
+
+
+def admit(
+    group: Sequence[Candidate],
+    attempt: Callable[[Sequence[Candidate]], bool],
+    refuse: Callable[[Candidate], None],
+) -> None:
+    """Tries a group as a whole and halves it while it fails, the cheaper half first.
+
+    Args:
+        group: Candidates, cheapest first.
+        attempt: Applies and measures a group on top of what was kept; keeps it and returns True, or rolls back.
+        refuse: Told each candidate that failed by itself.
+    """
+    if not group or attempt(group):
+        return
+    if len(group) == 1:
+        refuse(group[0])
+        return
+    middle = (len(group) + 1) // 2
+    admit(group[:middle], attempt, refuse)
+    admit(group[middle:], attempt, refuse)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All or nothing: an edit of a model that is undone unless it is committed."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+
+from onnxcollapse.model import Model, edit, flops, size
+from onnxcollapse.rewriting.proposal import Saving
+
+
+class Transaction:
+    """Restores a model on leaving the ``with`` block, unless `commit` was called.
+
+    Weights are immutable and shared, so the snapshot is a copy of the graph's skeleton only. Objects read from
+    the graph inside the block (sites, values) do not survive a roll-back.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._snapshot = model.clone().ir
+        self._committed = False
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def commit(self) -> None:
+        """Keeps the edits.
+
+        Raises:
+            ModelError: The graph is no valid graph any more; it is rolled back.
+        """
+        edit.prune(self._model)
+        edit.check(self._model)
+        self._committed = True
+
+    def undo(self) -> None:
+        """Rolls back at the end of the block even after a commit."""
+        self._committed = False
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if not self._committed:
+            self._model.ir = self._snapshot
+
+
+def extent(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Saving:
+    """Measures a model in everything that can be saved; FLOPs at the given input shapes, dynamic dimensions 1 otherwise."""
+    whole = size(model)
+    return Saving(whole.params, whole.bytes, flops(model, shapes=shapes), whole.nodes)
+
+
+def saving_between(before: Model, after: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Saving:
+    """Measures what `after` lacks of `before`."""
+    return extent(before, shapes) - extent(after, shapes)

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares two models on the same data and provider, and measures candidates against one reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxcollapse.calibration.data import DataPart, Dataset
+from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.calibration.providers import Provider, chain
+from onnxcollapse.calibration.sessions import Session, open_session
+from onnxcollapse.model.model import Model
+from onnxcollapse.verification.metrics import (
+    METRICS,
+    Metric,
+    Outputs,
+    PerOutput,
+    is_float,
+    metric,
+    row_blocks,
+)
+
+CACHE_BYTES = 256 << 20
+"""Reference outputs up to this size are kept, larger ones computed again."""
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output of both models.
+
+    Attributes:
+        name: Its name.
+        errors: Metric name -> error; empty for outputs that are no floating-point numbers.
+        max_abs: Largest absolute difference; None for outputs that are no numbers or differ in shape.
+        mismatch: Share of unequal elements, for integer, boolean and string outputs; None for others.
+        cache: Whether it is a KV cache, which does not count in the overall error.
+        note: What keeps it from being compared; "" if nothing does.
+    """
+
+    name: str
+    errors: dict[str, float] = field(default_factory=dict)
+    max_abs: float | None = None
+    mismatch: float | None = None
+    cache: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side.
+
+    Attributes:
+        outputs: What both have, in the first one's order.
+        missing: Outputs of the first that the second has not.
+        extra: Outputs of the second that the first has not.
+        overall: Metric -> the error of the worst output that is no KV cache; user metrics have only this.
+        samples: Samples compared.
+        providers: What each ran on.
+    """
+
+    outputs: tuple[OutputComparison, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    overall: dict[str, float]
+    samples: int
+    providers: tuple[Provider, Provider]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it."""
+        return {
+            "samples": self.samples,
+            "provider": self.providers[1].obtained,
+            "overall": dict(self.overall),
+            "outputs": {output.name: _numbers(output) for output in self.outputs},
+            "notes": {output.name: output.note for output in self.outputs if output.note},
+            "caches": [output.name for output in self.outputs if output.cache],
+            "missing": list(self.missing),
+            "extra": list(self.extra),
+        }
+
+
+def compare(
+    a: Model,
+    b: Model,
+    data: Dataset,
+    metrics: Sequence[str] | None = None,
+    part: DataPart = "all",
+    provider: str = "auto",
+) -> Comparison:
+    """Runs both models and measures each output of the second against the first's.
+
+    Args:
+        a: The reference.
+        b: The candidate. It may lack outputs (KV caches of removed layers) and have inputs less.
+        data: Data for `a`.
+        metrics: Metric specs (see metric); None for all built-in ones.
+        part: The part of the data.
+        provider: See open_session; both run on it.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        MetricError: A metric is unknown or fails.
+        ModelError: A model cannot run.
+    """
+    specs = tuple(METRICS) if metrics is None else tuple(metrics)
+    user = [metric(spec) for spec in specs if spec not in METRICS]
+    tallies: dict[str, _Tally] = {}
+    samples = 0
+    with open_session(a, provider=provider) as first, open_session(b, provider=provider) as second:
+        common = [name for name in first.outputs if name in second.outputs]
+        tallies = {name: _Tally(name, [spec for spec in specs if spec in METRICS]) for name in common}
+        for batch in data.batches(part):
+            reference, outputs = first.run(batch), second.run(batch)
+            for name, tally in tallies.items():
+                tally.update(outputs[name], reference[name], batch)
+            for one in user:
+                one.update(outputs, reference, batch)
+        samples = data.count(part)
+        results = tuple(tally.result() for tally in tallies.values())
+        return Comparison(
+            outputs=results,
+            missing=tuple(name for name in first.outputs if name not in common),
+            extra=tuple(name for name in second.outputs if name not in common),
+            overall=_overall(results, specs) | {one.name: one.value() for one in user},
+            samples=samples,
+            providers=(first.provider, second.provider),
+        )
+
+
+class Verifier:
+    """Measures candidates against one reference on the same data.
+
+    The reference's outputs are kept where they are small, else its session is.
+
+    Attributes:
+        metric: Its metric's spec.
+    """
+
+    def __init__(
+        self, reference: Model, data: Dataset, metric: str = "rel-l2", provider: str = "auto"
+    ) -> None:
+        """Prepares a verifier; the reference runs when it is first needed.
+
+        Args:
+            reference: The model the candidates come from.
+            data: Data for it.
+            metric: Metric spec.
+            provider: See open_session; all models run on it.
+
+        Raises:
+            MetricError: The metric is unknown.
+        """
+        self.metric = metric
+        _empty(metric)
+        self._reference = reference.clone()
+        self._data, self._provider = data, provider
+        self._session: Session | None = None
+        self._cache: dict[tuple[DataPart, int | None], list[dict[str, np.ndarray]]] = {}
+        self._cached_bytes = 0
+        self._obtained: Provider | None = None
+
+    @property
+    def provider(self) -> Provider:
+        """What models run on: as the last one did, or as one would."""
+        return self._obtained or Provider(self._provider, chain(self._provider)[0])
+
+    def error(self, model: Model, part: DataPart = "heldout", limit: int | None = None) -> float:
+        """The metric's error of a candidate at its outputs.
+
+        Args:
+            model: The candidate.
+            part: The part of the data.
+            limit: About how many samples of it, None for all.
+
+        Returns:
+            The error; infinite when an output becomes NaN.
+
+        Raises:
+            MetricError: An output that is no KV cache is missing or has another shape.
+            ModelError: The candidate cannot run.
+        """
+        result = _empty(self.metric)
+        wanted = self._wanted(model)
+        with open_session(model, provider=self._provider, outputs=wanted) as session:
+            for batch, reference in self._references(part, limit):
+                result.update(session.run(batch), reference, batch)
+            self._obtained = session.provider
+        return result.value()
+
+    def close(self) -> None:
+        """Frees the reference's session and its outputs."""
+        if self._session is not None:
+            self._session.close()
+        self._session = None
+        self._cache.clear()
+        self._cached_bytes = 0
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _wanted(self, model: Model) -> list[str] | None:
+        """All outputs for a user's metric; what it takes to run without the caches for a built-in one."""
+        names = [spec.name for spec in model.signature().outputs]
+        if self.metric not in METRICS:
+            return names
+        return [name for name in names if not is_cache_name(name)] or names
+
+    def _references(
+        self, part: DataPart, limit: int | None
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Every batch with the reference's outputs, from memory where they are there."""
+        key = (part, limit)
+        if key in self._cache:
+            yield from zip(self._data.batches(part, limit), self._cache[key], strict=True)
+            return
+        if self._session is None:
+            wanted = self._wanted(self._reference)
+            self._session = open_session(self._reference, provider=self._provider, outputs=wanted)
+        kept: list[dict[str, np.ndarray]] | None = []
+        size = 0
+        for batch in self._data.batches(part, limit):
+            outputs = self._session.run(batch)
+            size += sum(getattr(array, "nbytes", 0) for array in outputs.values())
+            if kept is not None and self._cached_bytes + size <= CACHE_BYTES:
+                kept.append(outputs)
+            else:
+                kept = None
+            yield batch, outputs
+        if kept is not None:
+            self._cache[key] = kept
+            self._cached_bytes += size
+
+
+class _Tally:
+    """The running comparison of one output."""
+
+    def __init__(self, name: str, metrics: Sequence[str]) -> None:
+        self._name = name
+        self._metrics = [PerOutput(spec) for spec in metrics]
+        self._float = True
+        self._max_abs = 0.0
+        self._unequal = self._elements = 0
+        self._note = ""
+
+    def update(self, got: object, want: object, batch: Outputs) -> None:
+        if self._note or not (isinstance(got, np.ndarray) and isinstance(want, np.ndarray)):
+            self._note = self._note or "no tensor, not compared"
+        elif got.shape != want.shape:
+            self._note = f"shapes differ: {list(want.shape)} and {list(got.shape)}"
+        elif is_float(got) and is_float(want):
+            self._max_abs = max(self._max_abs, _largest_difference(got, want))
+            for one in self._metrics:
+                one.update({self._name: got}, {self._name: want}, batch)
+        else:
+            self._float = False
+            self._unequal += int(np.count_nonzero(got != want))
+            self._elements += want.size
+
+    def result(self) -> OutputComparison:
+        cache = is_cache_name(self._name)
+        if self._note:
+            return OutputComparison(self._name, cache=cache, note=self._note)
+        if not self._float:
+            share = self._unequal / self._elements if self._elements else 0.0
+            return OutputComparison(self._name, mismatch=share, cache=cache)
+        errors = {one.name: one.value() for one in self._metrics}
+        return OutputComparison(self._name, errors, max_abs=self._max_abs, cache=cache)
+
+
+def _empty(spec: str) -> Metric:
+    return metric(spec)
+
+
+def _largest_difference(got: np.ndarray, want: np.ndarray) -> float:
+    largest = 0.0
+    for part, truth in row_blocks(got, want, None):
+        same = part == truth  # also infinities, whose difference is NaN
+        with np.errstate(invalid="ignore"):
+            difference = np.where(same, 0.0, np.abs(part - truth))
+        largest = max(largest, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
+    return largest
+
+
+def _overall(results: Sequence[OutputComparison], specs: Sequence[str]) -> dict[str, float]:
+    measured = [r for r in results if r.errors]
+    main = [r for r in measured if not r.cache] or measured
+    broken = any(r.note or r.mismatch for r in results if not r.cache)
+    return {
+        spec: float("inf") if broken and not main else max((r.errors[spec] for r in main), default=0.0)
+        for spec in specs
+        if spec in METRICS
+    }
+
+
+def _numbers(output: OutputComparison) -> dict[str, float]:
+    numbers = dict(output.errors)
+    if output.max_abs is not None:
+        numbers["max-abs"] = output.max_abs
+    if output.mismatch is not None:
+        numbers["mismatch"] = output.mismatch
+    return numbers

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cleanup: dead nodes, identities and duplicated computations go; the function stays bit for bit.
+
+::
+
+    x -- Identity -- a -- f          x -- f
+    x -- g -- b -- h         becomes      |
+    x -- g -- c -- k                 x -- g -- h, k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnxcollapse.calibration.statistics import Statistics
+from onnxcollapse.model import Model, edit
+from onnxcollapse.rewriting import Decline, GraphSite, Pass, Proposal
+from onnxcollapse.rewriting.transaction import saving_between
+
+
+@dataclass(frozen=True)
+class Cleanup(Pass):
+    """Removes what has no effect or is computed twice."""
+
+    name: ClassVar[str] = "cleanup"
+
+    @property
+    def exact(self) -> bool:
+        """Removing what has no effect has none."""
+        return True
+
+    def sites(self, model: Model) -> Iterator[GraphSite | Decline]:
+        """Offers the graph when a dry run on a copy takes something away."""
+        trial = model.clone()
+        _clean(trial)
+        saving = saving_between(model, trial)
+        if saving.objection() is None:
+            yield GraphSite(saving=saving)
+
+    def propose(self, site: GraphSite, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+        """Proposes what the dry run took away."""
+        yield Proposal(site.name, detail=f"{site.saving.nodes} nodes without effect removed", saving=site.saving)
+
+    def rewrite(self, model: Model, site: GraphSite, proposal: Proposal) -> None:  # noqa: ARG002
+        """Cleans the model."""
+        _clean(model)
+
+
+RANDOM = frozenset(
+    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Operators whose two equal calls need not give equal results."""
+
+
+def _clean(model: Model) -> None:
+    graphs = list(model.ir.graphs()) + [function.graph for function in model.ir.functions.values()]
+    for graph in graphs:
+        for node in list(graph):
+            if node.op_type == "Identity" and node.domain == "":
+                _bypass(graph, node)
+    if not any(node.op_type in RANDOM for graph in graphs for node in graph):
+        common.CommonSubexpressionEliminationPass()(model.ir)
+    edit.prune(model)
+
+
+def _bypass(graph: ir.Graph, node: ir.Node) -> None:
+    """Lets the users of an Identity read its input.
+
+    An Identity that produces a graph output stays where its input is no tensor that this graph computes for itself
+    alone: a graph input, an initializer, another output or a tensor of an outer graph. (The library's pass
+    renames or copies shapes onto those, which changes the signature.)
+    """
+    source, copy = node.inputs[0], node.outputs[0]
+    if source is None:
+        return
+    if copy.is_graph_output():
+        producer = source.producer()
+        if source.is_graph_output() or producer is None or producer.graph is not graph:
+            return
+    edit.replace_value(graph, copy, source)
+    if not copy.uses() and not copy.is_graph_output():
+        graph.remove(node)

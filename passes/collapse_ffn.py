@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""collapse-ffn: a feed-forward block becomes one linear map (LayerCollapse, arXiv 2311.17943, METHODS 1).
+
+::
+
+    x -- Linear(W1, b1) -- f -- Linear(W2, b2) -- y     becomes     x -- Linear(W, b) -- y
+
+``fold`` is the published rewrite: where f is a PReLU whose slope is nearly 1, W = W1 diag(g) W2, with g whatever
+affine operators stand between. ``fit`` solves y ~ x W + b by ridge on calibration sums instead, so it works
+for every activation and for gated blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from onnxcollapse.calibration.leastsquares import LinearFit, rank_path, ridge_fit
+from onnxcollapse.calibration.statistics import Gram, MomentSums, Moments, Ref, Request, Statistics
+from onnxcollapse.model import Model, edit
+from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
+from onnxcollapse.structure import FeedForward, affine_of, build_linear, feedforwards, prelu_slope
+
+
+SLACKS = (0.01, 0.1)
+"""How much more held-out error than full rank the maps of limited rank may have, relatively."""
+
+ALIGN = 8
+"""Ranks are multiples of what tensor cores take whole."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """What a block becomes: the matrices of one Linear, or of two when the rank is limited, and the bias."""
+
+    matrices: tuple[np.ndarray, ...]
+    offset: np.ndarray
+
+    @property
+    def params(self) -> int:
+        """Parameters of the map."""
+        return sum(matrix.size for matrix in self.matrices) + self.offset.size
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A region that is affine but for one PReLU with slopes near 1.
+
+    Attributes:
+        scale: g, scalar or [h]: what the affine operators multiply by.
+        shift: What they add, likewise.
+        input: The tensor that the PReLU reads.
+        deviation: |1 - alpha|, scalar or [h].
+        after: |g| of the affine operators behind the PReLU alone.
+    """
+
+    scale: np.ndarray
+    shift: np.ndarray
+    input: str
+    deviation: np.ndarray
+    after: np.ndarray
+
+
+@dataclass(frozen=True)
+class CollapseFfn(Pass):
+    """Replaces a feed-forward block by one linear map.
+
+    Attributes:
+        method: ``fold``, ``fit``, or ``auto`` for whichever costs less at the outputs.
+        tolerance: Largest \\|1 - alpha\\| that ``fold`` takes for linear (the paper's code: 0.05).
+        ranks: Whether ``fit`` also offers maps of limited rank where these pay.
+    """
+
+    name: ClassVar[str] = "collapse-ffn"
+    method: Literal["auto", "fold", "fit"] = "auto"
+    tolerance: float = 0.05
+    ranks: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.tolerance < 1.0:
+            raise ValueError(f"tolerance {self.tolerance} must lie in [0, 1)")
+
+    def sites(self, model: Model) -> Iterator[FeedForward | Decline]:
+        """Finds every feed-forward block; those that cannot be rewritten come with the reason."""
+        found, refused = feedforwards(model.graph)
+        for refusal in refused:
+            yield Decline(refusal.name, refusal.reason)
+        for site in found:
+            reason = self._objection(site)
+            yield site if reason is None else Decline(site.name, reason)
+
+    def requests(self, site: FeedForward) -> Sequence[Request]:
+        """Asks for the Gram matrix of [x, y], and for a fold for the moments that bound its error."""
+        wanted: list[Request] = []
+        if self.method != "fold":
+            wanted.append(_gram(site))
+        fold = self._fold(site)
+        if fold is not None:
+            wanted += [Moments(Ref(fold.input, axis=site.up.axis)), _after(site)]
+        return wanted
+
+    def propose(self, site: FeedForward, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
+        """Offers the fold where the slopes allow it, and fits of full and of limited rank."""
+        assert statistics is not None
+        fold = self._fold(site)
+        if fold is not None:
+            before = statistics.heldout(Moments(Ref(fold.input, axis=site.up.axis)))
+            yield _fold_proposal(site, fold, before, statistics.heldout(_after(site)))
+        if self.method != "fold":
+            yield from self._fits(site, statistics)
+
+    def rewrite(self, model: Model, site: FeedForward, proposal: Proposal) -> None:
+        """Puts the linear map in the block's place; its output keeps the name."""
+        found: LinearMap = proposal.payload
+        value = site.input
+        for index, matrix in enumerate(found.matrices):
+            last = index == len(found.matrices) - 1
+            anchor = site.down.node
+            value = build_linear(model.graph, anchor, site.down, value, matrix, found.offset if last else None)
+        edit.substitute(model, site.output, value)
+
+    def _fold(self, site: FeedForward) -> Fold | None:
+        return None if self.method == "fit" else _fold(site, self.tolerance)
+
+    def _objection(self, site: FeedForward) -> str | None:
+        """Says why no variant can pay or apply, or None."""
+        if self.method == "fold" and _fold(site, self.tolerance) is None:
+            return f"activation {site.activation} is no PReLU with every |1 - alpha| <= {self.tolerance:g}"
+        if site.up.axis != site.down.axis:
+            return "input and output have their channels on different axes"
+        h, p, q = site.d_hidden, site.d_in, site.d_out
+        if h * (p + q + 1) <= p * q:
+            return (
+                f"does not pay: {h} hidden neurons are no more than d_in d_out / (d_in + d_out + 1) = "
+                f"{p * q / (p + q + 1):.1f}, so one {p} x {q} map is no smaller"
+            )
+        return None
+
+    def _fits(self, site: FeedForward, statistics: Statistics) -> Iterator[Proposal]:
+        request = _gram(site)
+        fit, heldout = statistics.fit(request), statistics.heldout(request)
+        features, targets = request.features, request.targets
+        p, q = site.d_in, site.d_out
+        full = ridge_fit(fit, heldout, features, targets)
+        yield _fit_proposal(site, full, LinearMap((full.matrix,), full.offset), "fit")
+        if not self.ranks:
+            return
+        path, seen = rank_path(fit, heldout, features, targets, full), set[int]()
+        for slack in SLACKS:
+            rank = -(-path.within(slack) // ALIGN) * ALIGN
+            if rank * (p + q) < p * q and rank not in seen:
+                seen.add(rank)
+                limited = path.at(rank)
+                found = LinearMap(limited.factors(), limited.offset)
+                yield _fit_proposal(site, limited, found, f"fit, low rank within {slack:.0%}")
+
+
+def _gram(site: FeedForward) -> Gram:
+    return Gram(
+        (Ref(site.input.name or "", axis=site.up.axis),),
+        (Ref(site.output.name or "", source="reference", axis=site.down.axis),),
+    )
+
+
+def _after(site: FeedForward) -> Moments:
+    return Moments(Ref(site.output.name or "", axis=site.down.axis))
+
+
+def _saving(site: FeedForward, found: LinearMap) -> Saving:
+    params = site.params - found.params
+    return Saving(params=params, bytes=params * site.up.dtype.itemsize if site.up.dtype else 0)
+
+
+def _fit_proposal(site: FeedForward, fit: LinearFit, found: LinearMap, variant: str) -> Proposal:
+    detail = (
+        f"{site.d_in} -> {site.d_hidden} -> {site.d_out} ({site.activation}) becomes one {site.d_in} x {site.d_out} map"
+        + (f" of rank {fit.rank}" if fit.rank else "")
+        + f", ridge {fit.ridge:g}"
+    )
+    return Proposal(site.name, variant, detail, fit.error, _saving(site, found), found)
+
+
+def _fold(site: FeedForward, tolerance: float) -> Fold | None:
+    """Composes the region as an affine map with its PReLU taken for the identity; None when it is nothing like it."""
+    if site.gate is not None:
+        return None
+    one, zero = np.ones(()), np.zeros(())
+    found: Fold | None = None
+    scale, shift = one, zero
+    for node in site.region:
+        slope = prelu_slope(node)
+        affine = affine_of(node)
+        if slope is not None and found is None and np.max(np.abs(1.0 - slope)) <= tolerance:
+            found = Fold(one, zero, node.inputs[0].name or "", np.abs(1.0 - slope), one)  # type: ignore[union-attr]
+        elif affine is not None:
+            scale, shift = scale * affine.scale, shift * affine.scale + affine.shift
+            if found is not None:
+                found = replace(found, after=found.after * np.abs(affine.scale))
+        else:
+            return None
+    return None if found is None else replace(found, scale=scale, shift=shift)
+
+
+def _fold_proposal(site: FeedForward, fold: Fold, before: MomentSums, after: MomentSums) -> Proposal:
+    """W = W1 diag(g) W2, b = (b1 g + s) W2 + b2, and the bound on what it costs.
+
+    The error identity of METHODS 1, y - y_fold = (1 - alpha) relu(-z) W2 (up to its sign), gives
+    sqrt(E|y - y_fold|^2) <= |W2|_2 sqrt(sum_j (1 - alpha_j)^2 E relu(-z_j)^2), from moments alone.
+    """
+    up, down = site.up.matrix(), site.down.matrix()
+    matrix = (up * fold.scale) @ down
+    offset = (site.up.offset() * fold.scale + fold.shift) @ down + site.down.offset()
+    lost = float(np.sum(np.square(fold.deviation * fold.after) * before.negative_square))
+    power = float(np.sum(after.variance + np.square(after.mean)))
+    bound = float(np.linalg.norm(down, 2)) * lost**0.5
+    relative = bound / power**0.5 if power > 0 else (0.0 if bound == 0 else float("inf"))
+    found = LinearMap((matrix,), offset)
+    detail = (
+        f"{site.d_in} -> {site.d_hidden} -> {site.d_out} folded: largest |1 - alpha| is "
+        f"{float(np.max(fold.deviation)):.4g}, output error bounded by {bound:.4g} ({relative:.4g} relative)"
+    )
+    return Proposal(site.name, "fold", detail, relative, _saving(site, found), found)

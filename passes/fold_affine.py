@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fold-affine: what multiplies and adds by constants moves into the Linear or Conv beside it.
+
+::
+
+    x -- Linear(W, b) -- * g + s -- y     becomes     x -- Linear(W diag(g), b g + s) -- y
+    x -- * g + s -- Linear(W, b) -- y     becomes     x -- Linear(diag(g) W, b + s W) -- y
+    x -- Linear(W1, b1) -- Linear(W2, b2) -- y   becomes   x -- Linear(W1 W2, b1 W2 + b2) -- y   where that is smaller
+    x -- * 1 + 0 -- y                     becomes     x
+
+``* g + s`` is any operator that `structure.affine_of` reads, BatchNormalization and PRelu with slope 1 among them; for
+the first form the Linear may be a Conv of any kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcollapse.calibration.statistics import Statistics
+from onnxcollapse.model import Model, edit
+from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
+from onnxcollapse.structure import (
+    Affine,
+    Linear,
+    affine_of,
+    build_linear,
+    constant_array,
+    is_shared,
+    keeps_layout,
+    linears,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One place where something folds.
+
+    Attributes:
+        output: What is computed anew; its name is the site's.
+        nodes: Those that go.
+        detail: In words.
+        saving: Parameters and nodes saved.
+        write: Puts the new form in place.
+    """
+
+    output: ir.Value
+    nodes: tuple[ir.Node, ...]
+    detail: str
+    saving: Saving
+    write: Callable[[Model], None]
+
+    @property
+    def name(self) -> str:
+        """The output's name."""
+        return self.output.name or ""
+
+
+@dataclass(frozen=True)
+class FoldAffine(Pass):
+    """Folds affine operators into neighbouring Linears and Convs, and chains of Linears where that is smaller."""
+
+    name: ClassVar[str] = "fold-affine"
+
+    @property
+    def exact(self) -> bool:
+        """Equal but for the rounding of weights that are multiplied beforehand."""
+        return True
+
+    def sites(self, model: Model) -> Iterator[Fold | Decline]:
+        """Looks at every affine operator and at every pair of Linears, in graph order."""
+        found = linears(model.graph)
+        by_output = {linear.output: linear for linear in found}
+        inner = {node for linear in found if linear.bias_node is not None for node in (linear.bias_node,)}
+        for node in model.graph:
+            affine = None if node in inner or node.op_type == "Identity" else affine_of(node)
+            if affine is not None and np.isfinite(affine.scale + affine.shift).all():
+                yield from _around(model, affine, by_output)
+        for linear in found:
+            before = by_output.get(linear.input)
+            if before is not None and _private(before.output):
+                yield _chain(before, linear)
+
+    def propose(self, site: Fold, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+        """Proposes the fold."""
+        yield Proposal(site.name, detail=site.detail, saving=site.saving)
+
+    def rewrite(self, model: Model, site: Fold, proposal: Proposal) -> None:  # noqa: ARG002
+        """Folds."""
+        site.write(model)
+
+
+def _private(value: ir.Value) -> bool:
+    """Whether exactly one node reads a value and the outside does not."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _around(model: Model, affine: Affine, by_output: dict[ir.Value, Linear]) -> Iterator[Fold | Decline]:
+    """Tries the forms for one affine operator, the cheapest to apply first."""
+    if np.all(affine.scale == 1.0) and np.all(affine.shift == 0.0):
+        if not affine.output.is_graph_output() and keeps_layout(affine):
+            yield _bypass(affine)
+        return
+    before = by_output.get(affine.input)
+    if before is not None and _private(before.output) and _along(affine, before):
+        yield _unless_shared([before], affine, lambda: _after_linear(before, affine))
+        return
+    producer = affine.input.producer()
+    if producer is not None and _is_conv(producer) and _private(affine.input):
+        yield from _after_conv(producer, affine)
+        return
+    readers = _readers(affine, {linear.node: linear for linear in linears(model.graph)})
+    if readers:
+        yield _unless_shared(readers, affine, lambda: _before_linears(affine, readers))
+
+
+def _along(affine: Affine, linear: Linear) -> bool:
+    """Whether the operator acts on each of the channels between it and a Linear, and on nothing else."""
+    channels = linear.out_features if affine.input is linear.output else linear.in_features
+    if not keeps_layout(affine, channels):
+        return False
+    if affine.axis is None or affine.axis == linear.axis:
+        return True
+    return linear.rank is not None and affine.axis % linear.rank == linear.axis % linear.rank
+
+
+def _unless_shared(folded: list[Linear], affine: Affine, make: Callable[[], Fold]) -> Fold | Decline:
+    for linear in folded:
+        if is_shared(linear.weight, frozenset(linear.nodes)):
+            return Decline(affine.output.name or "", f"weight '{linear.weight.name}' is shared; folding would copy it")
+    return make()
+
+
+def _bypass(affine: Affine) -> Fold:
+    def write(model: Model) -> None:
+        edit.replace_value(model.graph, affine.output, affine.input)
+
+    saving = Saving(params=_constants(affine.node), nodes=1)
+    return Fold(affine.output, (affine.node,), f"{affine.node.op_type} changes nothing", saving, write)
+
+
+def _constants(node: ir.Node) -> int:
+    """Elements of a node's floating constants that nobody else reads."""
+    owners = frozenset((node,))
+    arrays = [
+        constant_array(value)
+        for value in node.inputs
+        if value is not None and constant_array(value) is not None and not is_shared(value, owners)
+    ]
+    return sum(array.size for array in arrays if array is not None)
+
+
+def _after_linear(linear: Linear, affine: Affine) -> Fold:
+    scale, shift = affine.scale, affine.shift
+    biased = linear.bias is not None or bool(np.any(shift != 0.0))
+
+    def write(model: Model) -> None:
+        offset = linear.offset() * scale + shift
+        matrix = linear.matrix() * scale
+        value = build_linear(model.graph, affine.node, linear, linear.input, matrix, offset if biased else None)
+        edit.substitute(model, affine.output, value)
+
+    added = linear.out_features if biased and linear.bias is None else 0
+    saving = Saving(params=_constants(affine.node) - added, nodes=1)
+    detail = f"{affine.node.op_type} folded into the Linear before it"
+    return Fold(affine.output, (*linear.nodes, affine.node), detail, saving, write)
+
+
+def _readers(affine: Affine, by_node: dict[ir.Node, Linear]) -> list[Linear]:
+    """Returns the Linears that read the operator's output along its axis, if nothing else does."""
+    if affine.output.is_graph_output():
+        return []
+    found = []
+    for node, _ in affine.output.uses():
+        linear = by_node.get(node)
+        if linear is None or linear.input is not affine.output or not _along(affine, linear):
+            return []
+        found.append(linear)
+    return found
+
+
+def _before_linears(affine: Affine, readers: list[Linear]) -> Fold:
+    def write(model: Model) -> None:
+        for linear in readers:
+            plain = linear.matrix()
+            wide = np.broadcast_to(affine.scale, (linear.in_features,))
+            shift = np.broadcast_to(affine.shift, (linear.in_features,))
+            biased = linear.bias is not None or bool(np.any(shift != 0.0))
+            offset = linear.offset() + shift @ plain
+            anchor = linear.nodes[-1]
+            value = build_linear(
+                model.graph, anchor, linear, affine.input, wide[:, None] * plain, offset if biased else None
+            )
+            edit.substitute(model, linear.output, value)
+
+    nodes = (affine.node, *(node for linear in readers for node in linear.nodes))
+    detail = f"{affine.node.op_type} folded into the {len(readers)} Linear(s) after it"
+    added = sum(r.out_features for r in readers if r.bias is None) if np.any(affine.shift != 0.0) else 0
+    saving = Saving(params=_constants(affine.node) - added, nodes=1)
+    return Fold(readers[0].output, nodes, detail, saving, write)
+
+
+def _chain(first: Linear, second: Linear) -> Fold | Decline:
+    p, h, q = first.in_features, first.out_features, second.out_features
+    before, after = h * (p + q), p * q
+    if after >= before:
+        reason = f"two Linears {p} -> {h} -> {q} hold {before:,} weights, one {p} x {q} map {after:,}: does not pay"
+        return Decline(second.name, reason)
+    if first.axis != second.axis:
+        return Decline(second.name, f"'{first.name}' has its channels on another axis")
+
+    def write(model: Model) -> None:
+        matrix = second.matrix()
+        offset = first.offset() @ matrix + second.offset()
+        biased = first.bias is not None or second.bias is not None
+        anchor = second.nodes[-1]
+        value = build_linear(
+            model.graph, anchor, second, first.input, first.matrix() @ matrix, offset if biased else None
+        )
+        edit.substitute(model, second.output, value)
+
+    saving = Saving(params=first.params + second.params - after - q, nodes=len(first.nodes))
+    detail = f"Linears {p} -> {h} -> {q} become one {p} x {q} map"
+    return Fold(second.output, (*first.nodes, *second.nodes), detail, saving, write)
+
+
+# Convs of any kernel: only their output channels are scaled, so kernel, groups and padding do not matter.
+
+
+def _is_conv(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and node.domain == ""
+
+
+def _after_conv(conv: ir.Node, affine: Affine) -> Iterator[Fold | Decline]:
+    weight = constant_array(conv.inputs[1])
+    bias_value = conv.inputs[2] if len(conv.inputs) > 2 else None
+    bias = constant_array(bias_value)
+    if weight is None or (bias_value is not None and bias is None):
+        return
+    if not keeps_layout(affine, weight.shape[0]) or (affine.axis not in (None, 1) and affine.axis != 1 - weight.ndim):
+        return
+    if is_shared(conv.inputs[1], frozenset((conv,))):
+        yield Decline(affine.output.name or "", "the Conv's weight is shared; folding would copy it")
+        return
+    channels = weight.shape[0]
+    dtype = ir.DataType.from_numpy(weight.dtype)
+    scale = np.broadcast_to(affine.scale, (channels,))
+    biased = bias is not None or bool(np.any(affine.shift != 0.0))
+
+    def write(model: Model) -> None:
+        graph, hint = model.graph, affine.output.name or "conv"
+        wide = weight.astype(np.float64) * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        offset = (0.0 if bias is None else bias.astype(np.float64)) * scale + affine.shift
+        operands = [conv.inputs[0], edit.add_initializer(graph, f"{hint}_weight", wide, dtype)]
+        if biased:
+            operands.append(edit.add_initializer(graph, f"{hint}_bias", offset, dtype))
+        made = ir.Node("", "Conv", operands, list(conv.attributes.values()), num_outputs=1, name=f"{hint}_Conv")
+        made.outputs[0].type, made.outputs[0].shape = affine.output.type, affine.output.shape
+        edit.insert_before(graph, affine.node, [made])
+        edit.substitute(model, affine.output, made.outputs[0])
+
+    added = channels if biased and bias is None else 0
+    saving = Saving(params=_constants(affine.node) - added, nodes=1)
+    detail = f"{affine.node.op_type} folded into the Conv before it"
+    yield Fold(affine.output, (conv, affine.node), detail, saving, write)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxcollapse.calibration import Gram, GramMatrix, Moments, MomentSums, Ref, Statistics
+from onnxcollapse.errors import OptionError
+
+ROWS = np.random.default_rng(0).standard_normal((40, 9)) + 2
+
+
+def test_blocks_are_means_of_products():
+    x, y = ROWS[:, :4], ROWS[:, 4:]
+    gram = GramMatrix.from_rows({"x": x, "y": y})
+    np.testing.assert_allclose(gram.block("x", "y"), x.T @ y / 40, rtol=1e-13)
+    np.testing.assert_allclose(gram.block(2, 1), y.T @ x / 40, rtol=1e-13)
+    np.testing.assert_allclose(gram.block("one", Ref("x"))[0], x.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(gram.block(["one", "y"], "one")[:, 0], [1, *y.mean(0)], rtol=1e-13)
+    np.testing.assert_allclose(gram.mean(["x", "y"]), ROWS.mean(0), rtol=1e-13)
+    assert gram.power("y") == pytest.approx(np.square(y).sum() / 40, rel=1e-13)
+
+
+def test_gram_matrices_add_up():
+    whole = GramMatrix.from_rows({"x": ROWS})
+    halves = GramMatrix.from_rows({"x": ROWS[:13]}) + GramMatrix.from_rows({"x": ROWS[13:]})
+    assert halves.count == 40
+    np.testing.assert_allclose(halves.matrix, whole.matrix, rtol=1e-13)
+    with pytest.raises(OptionError, match="different tensors"):
+        _ = whole + GramMatrix.from_rows({"y": ROWS})
+
+
+def test_selectors_that_mean_nothing():
+    gram = GramMatrix.from_rows({Ref("x"): ROWS, Ref("x", "reference"): ROWS})
+    with pytest.raises(OptionError, match="ambiguous"):
+        gram.block("x", "one")
+    with pytest.raises(OptionError, match="not in the Gram matrix"):
+        gram.block("nothing", "one")
+    for place in (0, 3):
+        with pytest.raises(OptionError, match="count from 1"):
+            gram.block(place, "one")
+    assert gram.block(Ref("x", "reference"), "one").shape == (9, 1)
+
+
+def test_a_tensor_may_be_feature_and_target():
+    ref = Ref("x")
+    gram = GramMatrix(40.0, (ref, ref), (9, 9), np.ones((19, 19)))
+    assert gram.block("x", "x").shape == (9, 9)
+
+
+def test_moments_add_up():
+    whole, first, rest = (MomentSums.from_rows(rows) for rows in (ROWS, ROWS[:7], ROWS[7:]))
+    merged = first + rest
+    assert merged.count == 40
+    for name in ("mean", "variance", "minimum", "maximum", "positive_rate", "negative_square", "power"):
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-12, err_msg=name)
+    np.testing.assert_allclose(whole.power, np.square(ROWS).mean(0), rtol=1e-12)
+
+
+def test_moments_of_a_large_offset_keep_their_variance():
+    merged = MomentSums.from_rows(ROWS[:20] + 1e8) + MomentSums.from_rows(ROWS[20:] + 1e8)
+    np.testing.assert_allclose(merged.variance, ROWS.var(0), rtol=1e-6)
+
+
+def test_results_are_found_by_equal_requests():
+    gram = GramMatrix.from_rows({"x": ROWS})
+    statistics = Statistics({("fit", Gram((Ref("x"),))): gram})
+    assert statistics.fit(Gram((Ref("x"),))) is gram
+    assert Gram((Ref("x"),)) in statistics
+    assert Moments(Ref("x")) not in statistics
+    with pytest.raises(OptionError, match="no heldout statistics"):
+        statistics.heldout(Gram((Ref("x"),)))

@@ -18,9 +18,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxcollapse.calibration.statistics import Statistics
-from onnxcollapse.model import Model, edit
-from onnxcollapse.rewriting import Decline, GraphSite, Pass, Proposal
-from onnxcollapse.rewriting.transaction import saving_between
+from onnxcollapse.model import Model, edit, size
+from onnxcollapse.rewriting import Decline, GraphSite, Pass, Proposal, Saving
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,12 @@ class Cleanup(Pass):
         """Offers the graph when a dry run on a copy takes something away."""
         trial = model.clone()
         _clean(trial)
-        saving = saving_between(model, trial)
+        before, after = size(model), size(trial)
+        saving = Saving(
+            params=before.params - after.params,
+            bytes=before.bytes - after.bytes,
+            nodes=before.nodes - after.nodes,
+        )
         if saving.objection() is None:
             yield GraphSite(saving=saving)
 

@@ -75,11 +75,12 @@ class FoldAffine(Pass):
         """Looks at every affine operator and at every pair of Linears, in graph order."""
         found = linears(model.graph)
         by_output = {linear.output: linear for linear in found}
+        by_node = {linear.node: linear for linear in found}
         inner = {node for linear in found if linear.bias_node is not None for node in (linear.bias_node,)}
         for node in model.graph:
             affine = None if node in inner or node.op_type == "Identity" else affine_of(node)
             if affine is not None and np.isfinite(affine.scale + affine.shift).all():
-                yield from _around(model, affine, by_output)
+                yield from _around(affine, by_output, by_node)
         for linear in found:
             before = by_output.get(linear.input)
             if before is not None and _private(before.output):
@@ -99,7 +100,9 @@ def _private(value: ir.Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
-def _around(model: Model, affine: Affine, by_output: dict[ir.Value, Linear]) -> Iterator[Fold | Decline]:
+def _around(
+    affine: Affine, by_output: dict[ir.Value, Linear], by_node: dict[ir.Node, Linear]
+) -> Iterator[Fold | Decline]:
     """Tries the forms for one affine operator, the cheapest to apply first."""
     if np.all(affine.scale == 1.0) and np.all(affine.shift == 0.0):
         if not affine.output.is_graph_output() and keeps_layout(affine):
@@ -113,7 +116,7 @@ def _around(model: Model, affine: Affine, by_output: dict[ir.Value, Linear]) -> 
     if producer is not None and _is_conv(producer) and _private(affine.input):
         yield from _after_conv(producer, affine)
         return
-    readers = _readers(affine, {linear.node: linear for linear in linears(model.graph)})
+    readers = _readers(affine, by_node)
     if readers:
         yield _unless_shared(readers, affine, lambda: _before_linears(affine, readers))
 

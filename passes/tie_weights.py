@@ -146,18 +146,13 @@ def _transposed_pairs(values: list[ir.Value], min_bytes: int) -> Iterator[Copies
         if len(tensor.shape) != 2 or tensor.nbytes < min_bytes or 1 in tuple(tensor.shape):
             continue
         rows, columns = tensor.shape.numpy()
-        partner = next(
-            (
-                other
-                for other in waiting[(tensor.dtype, columns, rows)]
-                if weights.equal_transposed(_tensor(other), tensor)
-            ),
-            None,
-        )
+        mark = weights.diagonal(tensor)
+        turned = waiting[(tensor.dtype, columns, rows, mark)]
+        partner = next((other for other in turned if weights.equal_transposed(_tensor(other), tensor)), None)
         if partner is None:
-            waiting[(tensor.dtype, rows, columns)].append(value)
+            waiting[(tensor.dtype, rows, columns, mark)].append(value)
         else:
-            waiting[(tensor.dtype, columns, rows)].remove(partner)
+            turned.remove(partner)
             yield Copies(partner, (value,), transposed=True)
 
 
@@ -174,13 +169,6 @@ def _read_transposed(model: Model, first: ir.Value, copy: ir.Value) -> None:
     turn.outputs[0].dtype = _tensor(copy).dtype
     turn.outputs[0].shape = ir.Shape(list(_tensor(copy).shape.numpy()))
     graph, producer = model.graph, first.producer()
-    if producer is None:
-        edit.insert_before(graph, graph[0], [turn])
-    else:
-        edit.insert_before(graph, graph[graph_index(graph, producer) + 1], [turn])
+    after = 0 if producer is None else next(i for i, node in enumerate(graph) if node is producer) + 1
+    edit.insert_before(graph, graph[after], [turn])
     edit.replace_value(graph, copy, turn.outputs[0])
-
-
-def graph_index(graph: ir.Graph, node: ir.Node) -> int:
-    """Returns the place of a node in its graph."""
-    return next(index for index, other in enumerate(graph) if other is node)

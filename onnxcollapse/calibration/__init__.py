@@ -5,7 +5,13 @@ from __future__ import annotations
 
 from onnxcollapse.calibration.collector import Progress, collect
 from onnxcollapse.calibration.data import Dataset, open_data
-from onnxcollapse.calibration.leastsquares import LinearFit, linear_error, rank_path, relative_error, ridge_fit
+from onnxcollapse.calibration.leastsquares import (
+    LinearFit,
+    linear_error,
+    rank_path,
+    relative_error,
+    ridge_fit,
+)
 from onnxcollapse.calibration.providers import Provider, available_providers
 from onnxcollapse.calibration.sessions import Session, open_session
 from onnxcollapse.calibration.statistics import (

@@ -12,12 +12,16 @@ import numpy as np
 
 from onnxcollapse.calibration import filling, layout
 from onnxcollapse.calibration.layout import Layout
+from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Model, Signature
 
 logger = logging.getLogger(__name__)
 
 BATCH, LONG_BATCH = 32, 8
+BATCH_ELEMENTS = 1 << 22
+"""No input has more elements in a batch: 27 images of 3 x 224 x 224."""
+
 LONG = 64
 """Sequences longer than this come in LONG_BATCH samples a batch."""
 
@@ -157,11 +161,13 @@ class Dataset:
         return units
 
     def _default_batch(self) -> int:
-        """Small batches for long sequences: integer [B, S] or float [B, S, d] inputs."""
-        sample = self._slice(self._units[0])
+        """Less for long sequences (integer [B, S] or float [B, S, d] inputs) and for large samples."""
+        unit = self._units[0]
+        sample = self._slice(unit)
         kinds = {"i": 2, "u": 2, "f": 3}
         long = any(a.ndim == kinds.get(a.dtype.kind) and a.shape[1] > LONG for a in sample.values())
-        return LONG_BATCH if long else BATCH
+        elements = max(array.size for array in sample.values()) // unit.rows
+        return max(min(LONG_BATCH if long else BATCH, BATCH_ELEMENTS // max(elements, 1)), 1)
 
     def _select(self, part: DataPart, limit: int | None) -> list[_Unit]:
         if part != "all" and len(self._units) < 2:
@@ -242,7 +248,7 @@ def open_data(
         chunks, source = read(spec, model, seed), spec
     return Dataset(
         chunks,
-        model.signature(),
+        data_signature(model),
         source=source,
         evidence=not source.startswith("random:"),
         seed=seed,

@@ -53,12 +53,20 @@ class Handover:
     Attributes:
         skeleton: The serialised ModelProto, its large weights marked external.
         values: Name -> OrtValue over the mapped weight.
-        arrays: The arrays behind `values`; ONNX Runtime borrows them, so they live as long as the session.
+        arrays: The arrays behind `values`; ONNX Runtime borrows them, so they live as long as it.
+        tensors: The weights handed over.
     """
 
     skeleton: bytes = b""
     values: dict[str, OrtValue] = field(default_factory=dict)
     arrays: list[np.ndarray] = field(default_factory=list)
+    tensors: list[ir.TensorProtocol] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Lets go of what only opening the session needed; pages of weights come back when they are read."""
+        self.skeleton = b""
+        for tensor in self.tensors:
+            weights.release(tensor)
 
     def options(self) -> SessionOptions:
         """SessionOptions with the weights handed over."""
@@ -93,6 +101,7 @@ def hand_over(model: Model) -> Handover:
             inline[name] = tensor
         else:
             result.values[name] = _borrow(tensor, result.arrays)
+            result.tensors.append(tensor)
     for proto in skeleton.proto.graph.initializer:
         if proto.name in inline:
             _put_back(proto, inline[proto.name])

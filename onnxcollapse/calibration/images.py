@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.calibration.data import Chunk
+from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.calibration.text import load_json, model_folder
 from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Model, TensorSpec
@@ -71,7 +72,7 @@ def prepare(path: Path, config: Mapping[str, Any], channels: int = 3) -> np.ndar
 
 
 def _image_input(model: Model) -> TensorSpec:
-    inputs = model.signature().inputs
+    inputs = data_signature(model).inputs
     images = [spec for spec in inputs if spec.shape is not None and len(spec.shape) == 4]
     named = [spec for spec in images if spec.name == "pixel_values"] or images
     if len(named) != 1:

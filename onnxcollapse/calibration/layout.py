@@ -37,7 +37,7 @@ class Layout:
             if name in self.shared:
                 cut[name] = array
             elif name in self.stacked:
-                cut[name] = array[start]
+                cut[name] = np.asarray(array[start])  # a scalar input stays an array
             else:
                 cut[name] = array[start:stop]
         return cut

@@ -147,8 +147,8 @@ def rank_path(
 ) -> RankPath:
     """Finds the held-out error of every rank at once.
 
-    With V the eigenvectors of the fitted values' covariance W' G W (reduced-rank regression, Izenman 1975), the error
-    of W V_r V_r' on any rows is a running sum over r, because V is orthonormal:
+    With V the eigenvectors of the fitted values' covariance W' G W (reduced-rank regression, Izenman 1975),
+    the error of W V_r V_r' on any rows is a running sum over r, because V is orthonormal:
     T - sum_i<=r [2 (V' C' W V)_ii - (V' W' G W V)_ii], plus the squared bias of the means.
 
     Args:

@@ -213,11 +213,13 @@ class ProbeSet:
         return self._op("Flatten", [value], axis=rank - 1)
 
     def _flatten_unranked(self, value: ir.Value, ref: Ref) -> ir.Value:
-        """The same without a known rank: [rest, C] for axis -1, through [rest, C, L] for -2, [N, C, rest] for 1."""
+        """Does so without a rank: axis -1 as [rest, C], -2 through [rest, C, L], 1 through [N, C, rest]."""
         if ref.axis == -1:
             return self._op("Reshape", [value, self._kept_tail(value, 1)])
         if ref.axis not in (1, -2):
-            raise ModelError(f"tensor {ref.value!r} has no known rank; run shape inference to take axis {ref.axis}")
+            raise ModelError(
+                f"tensor {ref.value!r} has no known rank; run shape inference to take axis {ref.axis}"
+            )
         target = self._constant([0, 0, -1], INT64) if ref.axis == 1 else self._kept_tail(value, 2)
         middle = self._op("Transpose", [self._op("Reshape", [value, target])], perm=[0, 2, 1])
         return self._op("Flatten", [middle], axis=2)

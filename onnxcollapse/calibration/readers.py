@@ -17,6 +17,7 @@ import numpy as np
 
 from onnxcollapse.calibration import images, synthetic, text
 from onnxcollapse.calibration.data import Chunk
+from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Model, Signature
 
@@ -49,7 +50,9 @@ def read(spec: str, model: Model, seed: int) -> list[Chunk]:
     if not path.exists() and _OBJECT.fullmatch(spec):
         return _read_object(spec)
     path = _existing(spec, spec)
-    return _read_folder(path, model.signature()) if path.is_dir() else [Chunk.of(path.name, load_npz(path))]
+    return (
+        _read_folder(path, data_signature(model)) if path.is_dir() else [Chunk.of(path.name, load_npz(path))]
+    )
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
@@ -59,9 +62,10 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
         DataError: It is no .npz file, is damaged, or holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: is a single array, not an .npz; np.savez it by input name")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path}: is a single array, not an .npz; np.savez it by input name")
+        with archive:
             return {name: _member(archive, name, path) for name in archive.files}
     except (OSError, EOFError, zipfile.BadZipFile, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as .npz ({error}); write it with np.savez") from error

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LINE = 300
+"""Characters of ONNX Runtime's messages that are passed on."""
+
 # ONNX Runtime gives numpy no such arrays, so these leave the graph as float32.
 _UNREADABLE = {
     ir.DataType.BFLOAT16,
@@ -120,7 +123,7 @@ def adopt(scratch: Model, provider: str) -> Session:
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         where = scratch.path or scratch.graph.name
         raise ModelError(f"ONNX Runtime cannot load {where}: {_first_line(error)}") from error
-    handover.skeleton = b""
+    handover.release()
     obtained = handle.get_providers()[0]
     if obtained != names[0]:
         providers.warn_fallback(provider, obtained)
@@ -174,4 +177,4 @@ def _widen_outputs(graph: ir.Graph) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:LINE] if lines else type(error).__name__

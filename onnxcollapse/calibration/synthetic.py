@@ -11,14 +11,15 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration import filling
 from onnxcollapse.calibration.data import Chunk
+from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Model, TensorSpec
 
 LENGTH = 16
 """What a free dimension becomes; equal for all, as inputs often share them."""
 
-IMAGE = 64
-"""The same for the height and width of an image."""
+FLOAT_LENGTHS = {2: 512, 4: 64}
+"""The same for floating-point inputs of these ranks: signals [B, time] and images [B, C, H, W]."""
 
 LARGEST_ID = 1000
 
@@ -42,7 +43,7 @@ def read(count: str, model: Model, seed: int) -> list[Chunk]:
     """
     if not count.isdigit() or int(count) == 0:
         raise DataError(f"random:{count}: is no number of samples; give for example random:64")
-    signature = model.signature()
+    signature = data_signature(model)
     names = {spec.name for spec in signature.inputs}
     specs = [spec for spec in signature.inputs if not filling.is_fillable(spec, names, signature)]
     arrays = {}
@@ -66,21 +67,28 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], model: Model, stream: np.ran
 def _shapes(specs: Sequence[TensorSpec], rows: int) -> dict[str, tuple[int, ...]]:
     """Samples on axis 0; on a new axis 0 where the inputs do not share a batch axis (see layout)."""
     firsts = {spec.shape[0] if spec.shape else 0 for spec in specs}
-    fixed = {dim for dim in firsts if isinstance(dim, int)}
+    fixed = {dim for dim in firsts if isinstance(dim, int)}  # 0 for an input that is a scalar
     stacked = 0 in fixed or len(fixed) > 1 or (bool(fixed) and len(firsts) > 1)
     batch = {dim for dim in firsts if isinstance(dim, str)}
     shapes = {}
     for spec in specs:
-        dims = spec.shape or ()
-        free = (
-            IMAGE if len(dims) == 4 and spec.dtype is not None and spec.dtype.is_floating_point() else LENGTH
-        )
-        sizes = [
-            d if isinstance(d, int) else 1 if stacked and (d in batch or not a) else free
-            for a, d in enumerate(dims)
-        ]
-        shapes[spec.name] = (rows, *sizes) if stacked else (rows, *sizes[1:])
+        sizes = [_size(spec, dim) for dim in spec.shape or ()]
+        if stacked:
+            single = [
+                1 if dim in batch or (place == 0 and dim is None) else size
+                for place, (dim, size) in enumerate(zip(spec.shape or (), sizes, strict=True))
+            ]
+            shapes[spec.name] = (rows, *single)
+        else:
+            shapes[spec.name] = (rows, *sizes[1:])
     return shapes
+
+
+def _size(spec: TensorSpec, dim: int | str | None) -> int:
+    if isinstance(dim, int):
+        return dim
+    floating = spec.dtype is not None and spec.dtype.is_floating_point()
+    return FLOAT_LENGTHS.get(len(spec.shape or ()), LENGTH) if floating else LENGTH
 
 
 def _largest_id(graph: ir.Graph, name: str) -> int:

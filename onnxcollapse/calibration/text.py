@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.calibration.data import Chunk
+from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Model, Signature
 
@@ -37,7 +38,7 @@ def read(path: Path, model: Model) -> list[Chunk]:
     Raises:
         DataError: `tokenizers` is not installed, a file cannot be read, or the model takes no tokens.
     """
-    signature = model.signature()
+    signature = data_signature(model)
     specs = {spec.name: spec for spec in signature.inputs}
     if "input_ids" not in specs:
         raise DataError(f"text:{path}: the model has no input 'input_ids'; give its inputs as .npz")

@@ -160,16 +160,9 @@ def attach(model: ir.Model, luggage: Luggage) -> None:
         for name in listed:
             graph.initializers[name].meta[_LISTED] = True
         if types:
-            for value in _values(graph):
+            for value in walk.values(graph):
                 if value.name in types:
                     value.meta[_TYPE] = types[value.name]
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
 
 
 def copy_meta(source: ir.Model, target: ir.Model) -> None:
@@ -180,12 +173,14 @@ def copy_meta(source: ir.Model, target: ir.Model) -> None:
 def sparse_parts(model: ir.Model) -> set[int]:
     """Ids of the tensors that are parts of sparse ones, which no runtime reads from external data."""
     nodes = [node for graph in walk.graphs(model) for node in graph]
-    attributes = [(node, a) for node in nodes for a in node.attributes.values() if a.type == ir.AttributeType.TENSORS]
+    attributes = [
+        (node, a) for node in nodes for a in node.attributes.values() if a.type == ir.AttributeType.TENSORS
+    ]
     return {
         id(tensor)
         for node, attribute in attributes
         if node.domain == DOMAIN or attribute.name.startswith(tuple(_SPARSE.values()))
-        for tensor in attribute.as_tensors()
+        for tensor in attribute.value
     }
 
 
@@ -210,7 +205,7 @@ def restore(proto: onnx.ModelProto, model: ir.Model) -> None:
     ):  # inner graphs first, because rewriting a node list copies the nodes
         for node in written.node:
             _restore_attributes(node)
-        types = {v.name: v.meta[_TYPE] for v in _values(graph) if _TYPE in v.meta and v.type is None}
+        types = {v.name: v.meta[_TYPE] for v in walk.values(graph) if _TYPE in v.meta and v.type is None}
         if isinstance(written, onnx.GraphProto):
             _restore_types(written, types)
             _restore_sparse_initializers(written)

@@ -79,7 +79,9 @@ def _check_scope(graph: ir.Graph, outer: Sequence[Scope]) -> None:
     _define([*graph.inputs, *graph.initializers.values()], scope)
     for node in graph:
         if not isinstance(node.op_type, str) or not isinstance(node.domain, str):
-            raise ModelError(f"operator {node.op_type!r} of node {node.name!r} is no text; the file is damaged")
+            raise ModelError(
+                f"operator {node.op_type!r} of node {node.name!r} is no text; the file is damaged"
+            )
         for value in node.inputs:
             if value is not None:
                 _resolve(value, node, scope, outer)

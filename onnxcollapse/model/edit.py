@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.errors import ModelError
-from onnxcollapse.model import walk
+from onnxcollapse.model import scratch, walk
 from onnxcollapse.model.checks import check
 from onnxcollapse.model.pruning import prune
 from onnxcollapse.model.shapes import refresh_shapes
@@ -79,9 +79,8 @@ def add_initializer(graph: ir.Graph, hint: str, array: np.ndarray, dtype: ir.Dat
             raise ModelError(
                 f"weight {hint!r}: {largest:.6g} does not fit into {dtype.name}; keep a wider type here"
             )
-    cast.flags.writeable = False
     name = unique_name(graph, hint)
-    tensor = ir.Tensor(cast, dtype=dtype, name=name)
+    tensor = scratch.hold(cast, dtype, name)
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(cast.shape), const_value=tensor)
     graph.initializers.add(value)
     return value

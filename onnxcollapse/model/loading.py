@@ -49,10 +49,7 @@ def load(path: Path) -> Loaded:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {files.one_line(error)}") from error
     try:
-        proto = _parse(source)
-        luggage = carry.stow(proto)
-        model = _graph(proto)
-        carry.attach(model, luggage)
+        model = _graph(_parse(source))
         binder = _Binder(source)
         walk.map_tensors(model, binder.bind)
         checks.settle(model)
@@ -89,9 +86,15 @@ def _diagnosis(source: Source) -> str:
 
 def _graph(proto: onnx.ModelProto) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        with walk.collection_paused():
+            luggage = carry.stow(proto)
+            model = ir.from_proto(proto)
+            carry.attach(model, luggage)
     except Exception as error:  # onnx_ir raises whatever the damage leads to
-        raise ModelError(f"the graph is damaged or uses what is not supported: {skeleton.root_cause(error)}") from error
+        raise ModelError(
+            f"the graph is damaged or uses what is not supported: {skeleton.root_cause(error)}"
+        ) from error
+    return model
 
 
 class _Binder:
@@ -106,6 +109,7 @@ class _Binder:
 
     def bind(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """The tensor as it is used from here on."""
+        _check_type(tensor)
         if isinstance(tensor, ir.serde.TensorProtoTensor):
             if tensor.raw.HasField("raw_data"):
                 _check_length(tensor, len(tensor.raw.raw_data))
@@ -156,11 +160,18 @@ class _Binder:
             source.hold()
 
 
+def _check_type(tensor: ir.TensorProtocol) -> None:
+    try:
+        known = tensor.dtype != ir.DataType.UNDEFINED
+    except ValueError:
+        known = False
+    if not known:
+        raise ModelError(f"tensor {tensor.name!r} has no data type, or one of a newer ONNX; export it again")
+
+
 def _check_length(tensor: ir.TensorProtocol, length: int) -> None:
-    if tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
-        raise ModelError(
-            f"tensor {tensor.name!r} has raw bytes but data type {tensor.dtype.name}; export it again"
-        )
+    if tensor.dtype == ir.DataType.STRING:
+        raise ModelError(f"tensor {tensor.name!r} of strings has raw bytes; export it again")
     if length != tensor.nbytes:
         raise ModelError(
             f"tensor {tensor.name!r} has {length} bytes, but {tensor.dtype.name}{list(tensor.shape.numpy())} "

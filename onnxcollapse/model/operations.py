@@ -107,9 +107,7 @@ def _count(graph: onnx.GraphProto, outer: Mapping[str, Shape]) -> int:
     shapes = dict(outer)
     for info in [*graph.input, *graph.output, *graph.value_info]:
         if info.type.tensor_type.HasField("shape"):
-            # An axis that nothing settles counts as 1.
-            shapes[info.name] = tuple(d.dim_value if d.HasField("dim_value") else 1
-                                      for d in info.type.tensor_type.shape.dim)  # fmt: skip
+            shapes[info.name] = tuple(map(_extent, info.type.tensor_type.shape.dim))
     for tensor in graph.initializer:
         shapes[tensor.name] = tuple(tensor.dims)
     total = 0
@@ -118,6 +116,11 @@ def _count(graph: onnx.GraphProto, outer: Mapping[str, Shape]) -> int:
         inner = [_count(body, shapes) for body in _bodies(node)]
         total += max(inner, default=0) if node.op_type == "If" else sum(inner)
     return total
+
+
+def _extent(dim: onnx.TensorShapeProto.Dimension) -> int:
+    """An axis that nothing settles counts as 1, and so does one that such axes make negative."""
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else 1
 
 
 def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -133,7 +136,7 @@ def _count_node(call: _Call) -> int:
         return 0
     try:
         return counter(call)
-    except (IndexError, ValueError):  # shapes that do not fit the operator: a damaged or foreign node
+    except (IndexError, TypeError, ValueError):  # a damaged or foreign node
         logger.debug("node %s (%s) is not counted: unexpected shapes", call.node.name, call.node.op_type)
         return 0
 

@@ -68,15 +68,15 @@ def _prune_functions(model: ir.Model) -> None:
 
 
 def _prune_initializers(graph: ir.Graph) -> None:
-    annotated = {name for value in _values(graph) for name in value.meta.get(_ANNOTATION, {}).values()}
+    live = [value for value in walk.values(graph) if not value.is_initializer() or _is_used(value)]
+    annotating = {name for value in live for name in value.meta.get(_ANNOTATION, {}).values()}
     for name, value in list(graph.initializers.items()):
-        used = value.uses() or value.is_graph_output() or value.is_graph_input() or name in annotated
-        if not used:
+        if not _is_used(value) and name not in annotating:
             del graph.initializers[name]
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    return [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+def _is_used(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output() or value.is_graph_input()
 
 
 def _prune_imports(model: ir.Model) -> None:

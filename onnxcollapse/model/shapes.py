@@ -15,6 +15,13 @@ from onnxcollapse.model import skeleton, walk
 if TYPE_CHECKING:
     from onnxcollapse.model.model import Model
 
+# What shapes are computed with; asked of values whose type the model does not say.
+_SHAPE_OPERATORS = frozenset(
+    ["Shape", "Size", "Constant", "ConstantOfShape", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast"]
+    + ["Add", "Sub", "Mul", "Div", "Neg", "Max", "Min", "Range", "Expand", "Reshape", "Where", "Equal"]
+    + ["Identity", "ReduceProd"]
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,9 +68,20 @@ def _infer(model: ir.Model, graph: ir.Graph, values: list[ir.Value]) -> dict[str
         ir.serde.serialize_node_into(proto.graph.node.add(), node)
     for value in values:
         proto.graph.output.add(name=value.name or "")
+    symbols = {dim.dim_param for info in proto.graph.input for dim in info.type.tensor_type.shape.dim}
     result = infer(skeleton.strip(proto))
     infos = [*result.graph.value_info, *result.graph.output]
+    for info in infos:
+        _drop_invented_symbols(info, symbols)
     return {info.name: info.type for info in infos if info.type.WhichOneof("value")}
+
+
+def _drop_invented_symbols(info: onnx.ValueInfoProto, known: set[str]) -> None:
+    """Take out names that inference made up (`unk__0`): elsewhere they may mean another size."""
+    if info.type.HasField("tensor_type"):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param and dim.dim_param not in known:
+                dim.ClearField("dim_param")
 
 
 def infer(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -82,14 +100,19 @@ def _producers(values: list[ir.Value]) -> set[ir.Node]:
     while waiting:
         value, needed = waiting.pop()
         node = value.producer()
-        small = value.dtype == ir.DataType.INT64 and (value.shape is None or len(value.shape) <= 1)
-        if node is None or node in wanted or not (needed or small or node.op_type == "Constant"):
+        if node is None or node in wanted or node.graph is not values[0].graph:
             continue
-        if node.graph is not values[0].graph:
+        if not (needed or _may_be_shape(value, node)):
             continue
         wanted.add(node)
         waiting += [(source, False) for source in _reads(node)]
     return wanted
+
+
+def _may_be_shape(value: ir.Value, node: ir.Node) -> bool:
+    if value.dtype is None:
+        return node.op_type in _SHAPE_OPERATORS
+    return value.dtype == ir.DataType.INT64 and (value.shape is None or len(value.shape) <= 1)
 
 
 def _reads(node: ir.Node) -> list[ir.Value]:
@@ -97,11 +120,7 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     read = [value for value in node.inputs if value is not None]
     for inner in walk.subgraphs(node):
         graphs = list(walk.nested(inner))
-        own = {
-            v
-            for g in graphs
-            for v in (*g.inputs, *g.initializers.values(), *(o for n in g for o in n.outputs))
-        }
+        own = {value for g in graphs for value in walk.values(g)}
         read += [v for g in graphs for n in g for v in n.inputs if v is not None and v not in own]
     return read
 

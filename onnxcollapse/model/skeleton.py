@@ -31,14 +31,11 @@ class Skeleton:
 
 def clone(model: ir.Model) -> ir.Model:
     """A copy of the graph that shares the weights."""
-    copy = model.clone()
+    with walk.collection_paused():
+        copy = model.clone()
     carry.copy_meta(model, copy)
     for graph in walk.graphs(copy):
-        for value in [
-            *graph.inputs,
-            *graph.initializers.values(),
-            *(v for node in graph for v in node.outputs),
-        ]:
+        for value in walk.values(graph):
             # onnx_ir shares the type objects, and setting a value's dtype changes them in place.
             if isinstance(value.type, ir.TensorType):
                 value.type = ir.TensorType(value.type.dtype, denotation=value.type.denotation)
@@ -57,7 +54,8 @@ def _proto(model: ir.Model) -> onnx.ModelProto:
         if isinstance(tensor, ir.serde.TensorProtoTensor) and tensor.raw.metadata_props:
             tensor.raw.ClearField("metadata_props")  # read already; onnx_ir 1.1 would write the entries twice
     try:
-        proto = ir.to_proto(model)
+        with walk.collection_paused():
+            proto = ir.to_proto(model)
     except ir.serde.SerdeError as error:
         raise ModelError(f"the graph cannot be written: {root_cause(error)}") from error
     carry.restore(proto, model)
@@ -127,13 +125,13 @@ def _held(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 def _lift_constants(graph: ir.Graph) -> None:
     for node in list(graph):
-        value = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
-        if value is None or value.is_ref() or not is_big(value.as_tensor()):
+        held = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
+        if held is None or held.is_ref() or not is_big(held.value):
             continue
         [old] = node.outputs
         if old.is_graph_output():
             continue
-        name, tensor = old.name, value.as_tensor()
+        name, tensor = old.name, held.value
         old.name = None
         new = ir.Value(
             name=name,

@@ -12,7 +12,7 @@ from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving
 from onnxcollapse.rewriting.selection import Candidate, admit, compatible
-from onnxcollapse.rewriting.transaction import Transaction, saving_between
+from onnxcollapse.rewriting.transaction import Transaction, extent
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class ExactStage:
         self._journal = journal
         self._measure = measure
         self._tolerance = tolerance
+        self._extent = Saving()
 
     def run(self) -> bool:
         """Runs all passes to their fixed point; returns whether anything changed.
@@ -54,10 +55,11 @@ class ExactStage:
         if not self._passes:
             return False
         snapshot, noted = self._model.clone(), len(self._journal.entries)
+        self._extent = start = extent(self._model)
         changed = self._settle(verify=False)
         if changed and self._moved() is not None:
             logger.warning("exact rewrites moved the outputs; repeating them one by one")
-            self._model.ir = snapshot.ir
+            self._model.ir, self._extent = snapshot.ir, start
             del self._journal.entries[noted:]
             changed = self._settle(verify=True)
         return changed
@@ -120,7 +122,6 @@ class ExactStage:
 
     def _apply(self, item: Pass, proposals: list[Proposal], verify: bool) -> str | None:
         """Applies proposals in a transaction; returns why it was rolled back, or None when it was kept."""
-        before = self._model.clone()
         with Transaction(self._model) as transaction:
             try:
                 item.apply(self._model, proposals)
@@ -128,11 +129,13 @@ class ExactStage:
             except ModelError as error:
                 transaction.undo()
                 return str(error)
-            saving = saving_between(before, self._model)
+            left = extent(self._model)
+            saving = self._extent - left
             reason = (None if item.on_request else saving.objection()) or (self._moved() if verify else None)
             if reason is not None:
                 transaction.undo()
                 return reason
+        self._extent = left
         self._note(item, proposals, saving)
         return None
 

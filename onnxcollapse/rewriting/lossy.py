@@ -24,7 +24,7 @@ from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving, Site
 from onnxcollapse.rewriting.selection import Candidate, admit, affordable, ranked, reaching
-from onnxcollapse.rewriting.transaction import extent, saving_between
+from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
 
 logger = logging.getLogger(__name__)
@@ -71,10 +71,10 @@ class LossyStage:
         self._verifier = verifier
         self._budget = budget
         self._journal = journal
-        self._original = original
         self._provider = provider
         self._progress = progress or Progress()
         self._reference = model.clone()
+        self._whole = extent(original, self._shapes)
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self.error = verifier.error(model)
         self.changed = False
@@ -91,7 +91,7 @@ class LossyStage:
         if target is None:
             return math.inf
         left = extent(self._model, self._shapes).of(target.measure)
-        return left - target.share * extent(self._original, self._shapes).of(target.measure)
+        return left - target.share * self._whole.of(target.measure)
 
     @property
     def target_met(self) -> bool:
@@ -154,24 +154,24 @@ class LossyStage:
 
     def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:
         """Applies each candidate alone and measures what it saves and what it costs at the outputs."""
-        priced = []
+        priced, whole = [], extent(start, self._shapes)
         with self._progress.task(f"round {number + 1}: pricing", len(candidates)) as task:
             for candidate in candidates:
                 task.advance()
-                reason, saving, impact = self._trial(start, candidate)
+                reason, saving, impact = self._trial(start, whole, candidate)
                 if reason is None:
                     priced.append(dataclasses.replace(candidate, saving=saving, impact=impact))
                 else:
                     self._refuse(candidate, "declined", reason, saving=saving, impact=impact)
         return priced
 
-    def _trial(self, start: Model, candidate: Candidate) -> tuple[str | None, Saving, float]:
+    def _trial(self, start: Model, whole: Saving, candidate: Candidate) -> tuple[str | None, Saving, float]:
         trial = start.clone()
         try:
             self._apply(trial, candidate.maker, candidate.proposal)
         except ModelError as error:
             return str(error), Saving(), math.inf
-        saving = saving_between(start, trial, self._shapes)
+        saving = whole - extent(trial, self._shapes)
         objection = None if candidate.maker.on_request else saving.objection()
         if objection is not None:
             return objection, saving, math.inf

@@ -53,8 +53,3 @@ def extent(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) ->
     """Measures a model in everything that can be saved; FLOPs at the given input shapes, dynamic dimensions 1 otherwise."""
     whole = size(model)
     return Saving(whole.params, whole.bytes, flops(model, shapes=shapes), whole.nodes)
-
-
-def saving_between(before: Model, after: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Saving:
-    """Measures what `after` lacks of `before`."""
-    return extent(before, shapes) - extent(after, shapes)

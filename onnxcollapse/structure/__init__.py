@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from onnxcollapse.structure.affine import Affine, affine_of, keeps_layout
+from onnxcollapse.structure.blocks import Block, blocks, layers
 from onnxcollapse.structure.building import build_linear
 from onnxcollapse.structure.constants import (
     Folded,
@@ -18,17 +19,22 @@ from onnxcollapse.structure.feedforward import FeedForward, feedforwards
 from onnxcollapse.structure.linear import Linear, linear_at, linears
 from onnxcollapse.structure.pointwise import ELEMENTWISE, Region, is_elementwise, region_behind
 from onnxcollapse.structure.prelu import prelu_slope
+from onnxcollapse.structure.ranges import Ranges, ranges
 from onnxcollapse.structure.refusal import Refusal
+from onnxcollapse.structure.spine import main_output, spine
 
 __all__ = [
     "ELEMENTWISE",
     "Affine",
+    "Block",
     "FeedForward",
     "Folded",
     "Linear",
+    "Ranges",
     "Refusal",
     "Region",
     "affine_of",
+    "blocks",
     "build_linear",
     "constant",
     "constant_array",
@@ -38,9 +44,13 @@ __all__ = [
     "is_overridable",
     "is_shared",
     "keeps_layout",
+    "layers",
     "linear_at",
     "linears",
+    "main_output",
     "prelu_slope",
+    "ranges",
     "readers",
     "region_behind",
+    "spine",
 ]

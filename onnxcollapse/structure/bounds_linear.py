@@ -13,7 +13,16 @@ from onnxcollapse.structure import intervals
 from onnxcollapse.structure.affine import batch_normalization
 from onnxcollapse.structure.channels import rank
 from onnxcollapse.structure.constants import Array, attribute, constant_array, folded
-from onnxcollapse.structure.intervals import UNBOUNDED, Bounds, Interval, Rule, computed_in, make, roundoff
+from onnxcollapse.structure.intervals import (
+    UNBOUNDED,
+    Bounds,
+    Interval,
+    Rule,
+    computed_in,
+    make,
+    roundoff,
+    underflow,
+)
 
 _POOLED = 1 << 16  # elements that a mean is taken over when the number is not known
 
@@ -21,7 +30,7 @@ _POOLED = 1 << 16  # elements that a mean is taken over when the number is not k
 def _matmul(node: ir.Node, bounds: Bounds) -> Interval:
     left, right = folded(node.inputs[0]), folded(node.inputs[1])
     if right is not None and left is None and len(right.shape) == 2:
-        return _sums(node, lambda: right.load(), right.shape, -1, bounds(0))
+        return _sums(node, right.load, right.shape, -1, bounds(0))
     if left is not None and right is None and len(left.shape) == 2 and (rank(node.inputs[1]) or 1) > 1:
         column = _sums(node, lambda: left.load().T, left.shape[::-1], -2, bounds(1))
         return make(column.low.reshape(-1, 1), column.high.reshape(-1, 1))
@@ -87,11 +96,15 @@ def _sums(
 def _accumulated(node: ir.Node, weight: Array, x: Interval) -> Interval:
     """Bounds of x @ weight with the worst rounding error of any order of summation.
 
-    |computed - exact| <= n u / (1 - n u) sum |w| |x| (Higham, Accuracy and Stability, eq. 3.5), n counted with slack.
+    Computed: sum_i w_i x_i (1 + e_i) with |e_i| <= n u / (1 - n u) (Higham, Accuracy and Stability, eq. 3.3), n
+    counted with slack.
     """
-    total, size = intervals.affine_map(weight, x)
-    steps = (weight.shape[0] + 8) * roundoff(computed_in(node))
-    return total.widened(1e-12, size * steps / (1 - steps) + 1e-30) if steps < 1 else UNBOUNDED
+    terms, dtype = weight.shape[0] + 8, computed_in(node)
+    steps = terms * roundoff(dtype)
+    if steps >= 1:
+        return UNBOUNDED
+    total = intervals.affine_map(weight, x, steps / (1 - steps) + 1e-12)
+    return total.widened(1e-12, terms * underflow(dtype))
 
 
 def _batch_norm(node: ir.Node, bounds: Bounds) -> Interval:
@@ -106,7 +119,9 @@ def _batch_norm(node: ir.Node, bounds: Bounds) -> Interval:
     mean = np.abs(np.asarray(constant_array(node.inputs[3]), np.float64)).reshape(shape)
     finite = np.maximum(*(np.where(np.isinf(side), 0.0, np.abs(side)) for side in (x.low, x.high)))
     error = ((finite + 2 * mean) * np.abs(scale) + np.abs(shift)) * 16 * roundoff(computed_in(node))
-    return intervals.add(product, make(shift, shift)).widened(1e-12, error + 1e-30)
+    return intervals.add(product, make(shift, shift)).widened(
+        1e-12, error + 16 * underflow(computed_in(node))
+    )
 
 
 def _layer_norm(scale_at: int, shift_at: int | None) -> Rule:
@@ -136,7 +151,9 @@ def _max_pool(node: ir.Node, bounds: Bounds) -> Interval:
 def _average_pool(node: ir.Node, bounds: Bounds) -> Interval:
     x = intervals.hull(bounds(0), make(0.0, 0.0)) if _pads(node) else bounds(0)
     taps = float(np.prod(attribute(node, "kernel_shape", [_POOLED]), dtype=np.float64))
-    return _pooled(node, x).widened(0.0, x.magnitude.max() * taps * roundoff(computed_in(node)) + 1e-30)
+    return _pooled(node, x).widened(
+        0.0, x.magnitude.max() * taps * roundoff(computed_in(node)) + underflow(computed_in(node))
+    )
 
 
 def _global_average(node: ir.Node, bounds: Bounds) -> Interval:
@@ -175,8 +192,13 @@ CONTRIB_RULES: dict[str, Rule] = {
     "SkipLayerNormalization": _layer_norm(2, 3),
     "SkipSimplifiedLayerNormalization": _layer_norm(2, None),
 }
-SELF_BOUNDED = frozenset({
-    "LayerNormalization", "LogSoftmax", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization", "Softmax",
-})  # fmt: skip
-"""Ops whose bounds need nothing of their data operand."""
+SELF_BOUNDED = {
+    "LayerNormalization": 1,
+    "LogSoftmax": 1,
+    "RMSNormalization": 1,
+    "SimplifiedLayerNormalization": 1,
+    "SkipLayerNormalization": 2,
+    "SkipSimplifiedLayerNormalization": 2,
+    "Softmax": 1,
+}
+"""Ops whose bounds need nothing of their first operands: that many."""

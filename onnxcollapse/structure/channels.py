@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks, and how a constant lies along a tensor's channel axis."""
+"""Ranks, element types, and how a constant lies along a tensor's channel axis."""
 
 from __future__ import annotations
 
@@ -16,49 +16,71 @@ _UNARY = (
     "Selu", "Sigmoid", "Softplus", "Sqrt", "Tanh",
 )  # fmt: skip
 _BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "PRelu", "Pow", "Sub", "Sum", "Where")
+_SAME_TYPE = (
+    *_SAME_RANK, *_UNARY, *_BROADCASTING, "AveragePool", "Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool",
+    "GlobalMaxPool", "LogSoftmax", "MatMul", "MaxPool", "Mish", "Pad", "ReduceMean", "Reshape", "Slice", "Squeeze",
+    "Transpose", "Unsqueeze",
+)  # fmt: skip
 _MAX_DEPTH = 64
 
 
-def rank(value: ir.Value | None, depth: int = _MAX_DEPTH) -> int | None:
+def rank(value: ir.Value | None) -> int | None:
     """Number of dimensions of `value`, from its declared shape or from what produces it; None if unknown."""
+    return _rank(value, {}, _MAX_DEPTH)
+
+
+def _rank(value: ir.Value | None, known: dict[ir.Value, int | None], depth: int) -> int | None:
+    """Rank with the results so far: a residual stream is read twice in each layer."""
     if value is None:
         return None
     if value.shape is not None:
         return len(value.shape)
-    tensor = constant(value)
-    if tensor is not None:
-        return len(tensor.shape)
-    node = value.producer()
-    if node is None or depth == 0:
-        return None
-    return _rank_behind(node, depth - 1)
+    if value not in known:
+        tensor, node = constant(value), value.producer()
+        if tensor is not None:
+            known[value] = len(tensor.shape)
+        else:
+            known[value] = None if node is None or depth == 0 else _rank_behind(node, known, depth - 1)
+    return known[value]
 
 
-def _rank_behind(node: ir.Node, depth: int) -> int | None:
+def _rank_behind(node: ir.Node, known: dict[ir.Value, int | None], depth: int) -> int | None:
     """Rank of a node's first output, for ops where it follows from the inputs' ranks."""
     if is_op(node, "Gemm", "Flatten"):
         return 2
     if is_op(node, "Transpose") and (perm := attribute(node, "perm")) is not None:
         return len(perm)
-    if is_op(node, "Reshape", "Expand") and (shape := constant_array(node.inputs[1])) is not None:
-        return int(shape.size) if node.op_type == "Reshape" else None
-    if is_op(node, "MatMul"):
-        return _matmul_rank([rank(x, depth) for x in node.inputs])
+    if is_op(node, "Reshape") and (shape := constant_array(node.inputs[1])) is not None:
+        return int(shape.size)
     if is_op(node, *_SAME_RANK, *_UNARY):
-        return rank(node.inputs[0], depth)
-    if is_op(node, *_BROADCASTING):
-        ranks = [rank(x, depth) for x in node.inputs]
-        return None if None in ranks else max(r for r in ranks if r is not None)
+        return _rank(node.inputs[0], known, depth)
+    if is_op(node, *_BROADCASTING, "MatMul"):
+        ranks = [_rank(x, known, depth) for x in node.inputs]
+        found = [r for r in ranks if r is not None]
+        if len(found) < len(ranks):
+            return None
+        return _matmul_rank(*found) if node.op_type == "MatMul" else max(found)
     return None
 
 
-def _matmul_rank(ranks: list[int | None]) -> int | None:
-    left, right = ranks
-    if left is None or right is None:
-        return None
-    if left == 1 or right == 1:
-        return max(left, right) - 1
-    return max(left, right)
+def _matmul_rank(left: int, right: int) -> int:
+    return max(left, right) - 1 if 1 in (left, right) else max(left, right)
+
+
+def element_type(value: ir.Value | None, depth: int = _MAX_DEPTH) -> ir.DataType | None:
+    """Element type of `value`, declared or handed down from the first data operand; None if unknown."""
+    for _ in range(depth):
+        if value is None or value.dtype is not None:
+            return None if value is None else value.dtype
+        tensor, node = constant(value), value.producer()
+        if tensor is not None:
+            return tensor.dtype
+        if node is None or not is_op(node, *_SAME_TYPE):
+            return None
+        if node.op_type == "Cast":
+            return ir.DataType(int(attribute(node, "to")))
+        value = node.inputs[1 if node.op_type == "Where" else 0]
+    return None
 
 
 def lies_along(shape: tuple[int, ...], axis: int, tensor_rank: int | None, channels: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcollapse.structure.channels import element_type
 from onnxcollapse.structure.constants import Array
 
 # Unit roundoff and largest finite number of the types that activations are computed in.
@@ -25,7 +26,8 @@ _ROUNDOFF = {
 }
 FLOATS = frozenset(_ROUNDOFF)
 _LARGEST = {ir.DataType.DOUBLE: np.finfo(np.float64).max, ir.DataType.FLOAT16: 65504.0}
-_SMALLEST = 2.0**-120  # more than any denormal of float32 that a runtime may flush to zero
+_SMALLEST = {ir.DataType.FLOAT16: 2.0**-14}
+_SMALLEST_FLOAT = 2.0**-120  # above the denormals of float32, which a runtime may flush to zero
 _MOST_ELEMENTS = 1 << 20
 
 
@@ -78,7 +80,7 @@ class Interval:
             only = only if only.low.size in (1, channels) else only.whole()
         return make(np.broadcast_to(only.low, channels), np.broadcast_to(only.high, channels))
 
-    def widened(self, relative: float, absolute: float | Array = _SMALLEST) -> Interval:
+    def widened(self, relative: float, absolute: float | Array) -> Interval:
         """Bounds moved outward."""
         return make(
             self.low - np.abs(self.low) * relative - absolute,
@@ -86,18 +88,25 @@ class Interval:
         )
 
     def rounded(self, dtype: ir.DataType | None, operations: float = 4.0) -> Interval:
-        """Bounds that also hold after `operations` roundings to `dtype`; unbounded where that overflows."""
-        wide = self.widened(operations * roundoff(dtype))
-        largest = _LARGEST.get(dtype, 3.4e38) if dtype is not None else 3.4e38
-        return make(
-            np.where(wide.low < -largest, -math.inf, wide.low),
-            np.where(wide.high > largest, math.inf, wide.high),
-        )
+        """Bounds that also hold after `operations` roundings to `dtype`; unbounded where that overflows.
+
+        Rounding never crosses zero.
+        """
+        wide = self.widened(operations * roundoff(dtype), operations * underflow(dtype))
+        low = np.where(self.low >= 0, np.maximum(wide.low, 0.0), wide.low)
+        high = np.where(self.high <= 0, np.minimum(wide.high, 0.0), wide.high)
+        largest = _LARGEST.get(dtype, 3.4e38) if dtype is not None else 65504.0
+        return make(np.where(low < -largest, -math.inf, low), np.where(high > largest, math.inf, high))
 
 
 def roundoff(dtype: ir.DataType | None) -> float:
-    """Unit roundoff of `dtype`, float32's if unknown."""
-    return _ROUNDOFF.get(dtype, 2.0**-24) if dtype is not None else 2.0**-24
+    """Unit roundoff of `dtype`, the worst if it is unknown."""
+    return _ROUNDOFF.get(dtype, 2.0**-8) if dtype is not None else 2.0**-8
+
+
+def underflow(dtype: ir.DataType | None) -> float:
+    """What a number of `dtype` may lose when it is flushed to zero, the worst if the type is unknown."""
+    return _SMALLEST.get(dtype, _SMALLEST_FLOAT) if dtype is not None else 2.0**-14
 
 
 def make(low: Array | float, high: Array | float) -> Interval:
@@ -176,22 +185,26 @@ def valley(function: Callable[[Array], Array], where: float, least: float, a: In
     return make(np.where(inside, least, np.minimum(*ends)), np.maximum(*ends))
 
 
-def affine_map(weight: Array, x: Interval) -> tuple[Interval, Array]:
-    """Bounds [out] of weight [in, out] applied to x with bounds [in], and sum |w| |x| [out].
+def affine_map(weight: Array, x: Interval, error: float) -> Interval:
+    """Bounds [out] of weight [in, out] applied to x with bounds [in], each term off by at most `error` of itself.
 
-    y_j >= sum_i max(w_ij, 0) low_i + min(w_ij, 0) high_i, and the mirror image above. Works in float64 on a few
-    columns at a time.
+    With t_i the least that w_ij x_i can be, y_j >= sum_i t_i - error |t_i|, and the mirror image above. Works in
+    float64 on a few columns at a time.
     """
     step = max(1, _MOST_ELEMENTS // max(1, weight.shape[0]))
-    low, high, size = (np.empty(weight.shape[1]) for _ in range(3))
+    low, high = np.empty(weight.shape[1]), np.empty(weight.shape[1])
     for start in range(0, weight.shape[1], step):
         part = slice(start, start + step)
         block = weight[:, part].astype(np.float64)
         up, down = np.maximum(block, 0.0), np.minimum(block, 0.0)
-        low[part] = _weighted(x.low, up) + _weighted(x.high, down)
-        high[part] = _weighted(x.high, up) + _weighted(x.low, down)
-        size[part] = _weighted(x.magnitude, np.abs(block))
-    return make(low, high), size
+        low[part] = _least(x.low, up, error) + _least(x.high, down, error)
+        high[part] = -_least(-x.high, up, error) - _least(-x.low, down, error)
+    return make(low, high)
+
+
+def _least(bound: Array, weight: Array, error: float) -> Array:
+    """Sum over i of t_i - error |t_i|, t_i = bound_i weight_ij, for weights of one sign."""
+    return _weighted(bound, weight) - error * _weighted(np.abs(bound), np.abs(weight))
 
 
 def _weighted(bound: Array, weight: Array) -> Array:
@@ -217,4 +230,4 @@ Rule = Callable[[ir.Node, Bounds], Interval]
 
 def computed_in(node: ir.Node) -> ir.DataType | None:
     """Element type that `node` computes in, if it is known."""
-    return node.outputs[0].dtype or next((v.dtype for v in node.inputs if v is not None and v.dtype), None)
+    return element_type(node.outputs[0])

@@ -23,12 +23,12 @@ _QUANTISED_STORAGE = frozenset(
 # Ops that multiply by a weight but are not read: rewriting them needs their own packing or layout.
 QUANTISED = frozenset({
     "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "GemmFloat8", "MatMulBnb4", "MatMulFpQ4",
-    "MatMulInteger", "MatMulInteger16", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm",
-    "QLinearConv", "QLinearMatMul", "QMoE",
+    "MatMulInteger", "MatMulInteger16", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearConv",
+    "QLinearMatMul", "QMoE",
 })  # fmt: skip
 FUSED = frozenset({
-    "Attention", "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation", "GemmFastGelu",
-    "LongformerAttention", "MoE", "SparseToDenseMatMul", "TransposeMatMul",
+    "FusedConv", "FusedGemm", "FusedMatMul", "FusedMatMulActivation", "GemmFastGelu", "MoE", "SparseToDenseMatMul",
+    "TransposeMatMul",
 })  # fmt: skip
 
 
@@ -37,9 +37,8 @@ def not_read(node: ir.Node) -> RefusedError:
     if node.op_type in QUANTISED:
         return RefusedError(f"weight is quantised ({node.op_type})")
     if node.op_type in FUSED and not is_op(node, node.op_type):
-        return RefusedError(
-            f"{node.op_type} is a fused {node.domain} op; export without runtime optimisation"
-        )
+        reason = f"{node.op_type} is a fused {node.domain} op; export without runtime optimisation"
+        return RefusedError(reason, candidate=any(folded(value) for value in node.inputs[:2]))
     return RefusedError(f"{node.op_type} is not a Linear", candidate=False)
 
 

@@ -29,6 +29,8 @@ _AFFINE = frozenset(
     {"Add", "BatchNormalization", "Cast", "Div", "Dropout", "Identity", "Mul", "Neg", "Sub", "Sum"}
 )
 _MOST_SOURCES = 2
+# Ops that keep elements as they are but move channels: a site with one inside is named, not read.
+_MOVES = frozenset({"Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def is_elementwise(node: ir.Node) -> bool:
@@ -113,11 +115,11 @@ _Walked = tuple[tuple[ir.Node, ...], tuple[Linear, ...], dict[ir.Value, ir.Node]
 
 def _walk(value: ir.Value, stop: Mapping[ir.Value, Linear]) -> _Walked:
     """Nodes in topological order, Linears, and constants with a node that reads each."""
-    order: list[ir.Node] = []
+    nodes: set[ir.Node] = set()
     sources: dict[ir.Value, Linear] = {}
     constants: dict[ir.Value, ir.Node] = {}
+    objections: list[str] = []
     stack: list[tuple[ir.Value, ir.Node | None]] = [(value, None)]
-    overridable: ir.Value | None = None
     while stack:
         current, reader = stack.pop()
         node = current.producer()
@@ -126,15 +128,18 @@ def _walk(value: ir.Value, stop: Mapping[ir.Value, Linear]) -> _Walked:
         elif reader is not None and folded(current) is not None:
             constants[current] = reader
         elif is_overridable(current):
-            overridable = current
+            objections.append(f"{current.name} is overridable: it is also a graph input")
+        elif node is not None and is_op(node, *_MOVES):
+            objections.append(f"{label(node)}, a {node.op_type}, lies between the Linears")
+            stack += [(operand, node) for operand in node.inputs[:1] if operand is not None]
         elif node is None or not is_elementwise(node):
             raise RefusedError(f"{current.name} is no elementwise function of a Linear", candidate=False)
-        elif node not in order:
-            order.append(node)
+        elif node not in nodes:
+            nodes.add(node)
             stack += [(operand, node) for operand in node.inputs if operand is not None]
-    if overridable is not None:
-        raise RefusedError(f"{overridable.name} is overridable: it is also a graph input")
-    return _sorted(value, set(order), sources), _in_order(sources), constants
+    if objections and sources:
+        raise RefusedError(objections[0])
+    return _sorted(value, nodes, sources), _in_order(sources), constants
 
 
 def _in_order(sources: Mapping[ir.Value, Linear]) -> tuple[Linear, ...]:

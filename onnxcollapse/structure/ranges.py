@@ -9,13 +9,13 @@ elsewhere, 1e-5 for functions that runtimes approximate. Two things are taken fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.structure import bounds_layout, bounds_linear, bounds_pointwise, intervals
-from onnxcollapse.structure.channels import rank
+from onnxcollapse.structure.channels import element_type, rank
 from onnxcollapse.structure.constants import Array, folded, is_op
 from onnxcollapse.structure.intervals import UNBOUNDED, Interval, Rule, make
 
@@ -35,13 +35,15 @@ class Ranges:
     """
 
     def __init__(self, graph: ir.Graph, inputs: Mapping[str, tuple[float, float]]) -> None:
-        self._boxes = {value: inputs[value.name] for value in graph.inputs if value.name in inputs}
+        named = ((value, value.name or "") for value in graph.inputs)
+        self._boxes = {value: inputs[name] for value, name in named if name in inputs}
         self._known: dict[ir.Value, Interval] = {}
 
     def of(self, value: ir.Value) -> Interval:
         """Bounds of `value`, arrays that broadcast right-aligned against it."""
         for node in self._missing(value):
-            self._known[node.outputs[0]] = self._bounded(node)
+            for output in _bounded_outputs(node):
+                self._known[output] = self._bounded(node)
         return self._get(value)
 
     def channels(self, value: ir.Value, axis: int, channels: int) -> tuple[Array, Array]:
@@ -69,7 +71,7 @@ class Ranges:
                 continue
             if expanded:
                 order.append(node)
-            elif node not in seen and folded(current) is None and current is node.outputs[0]:
+            elif node not in seen and folded(current) is None and current in _bounded_outputs(node):
                 seen.add(node)
                 stack.append((current, True))
                 stack += [(operand, False) for operand in _needed(node)]
@@ -77,7 +79,7 @@ class Ranges:
 
     def _bounded(self, node: ir.Node) -> Interval:
         rule = _rule(node)
-        if rule is None:
+        if rule is None or not _is_real(node):
             return UNBOUNDED
         with np.errstate(invalid="ignore", over="ignore"):
             return rule(node, lambda i: self._get(node.inputs[i]))
@@ -114,6 +116,19 @@ def _rule(node: ir.Node) -> Rule | None:
     return _RULES.get(node.op_type) if is_op(node, node.op_type) else None
 
 
-def _needed(node: ir.Node) -> list[ir.Value | None]:
+def _is_real(node: ir.Node) -> bool:
+    """Whether the node computes with real numbers: integers wrap around, and their division truncates."""
+    if node.op_type not in bounds_pointwise.RULES or node.op_type in ("Cast", "Where"):
+        return True
+    dtype = element_type(node.inputs[0])
+    return dtype is None or dtype.is_floating_point()
+
+
+def _bounded_outputs(node: ir.Node) -> Sequence[ir.Value]:
+    """The outputs that the node's rule bounds."""
+    return node.outputs if node.op_type == "Split" else node.outputs[:1]
+
+
+def _needed(node: ir.Node) -> Sequence[ir.Value | None]:
     """Operands whose bounds the node's rule asks for."""
-    return list(node.inputs[1:] if node.op_type in bounds_linear.SELF_BOUNDED else node.inputs)
+    return node.inputs[bounds_linear.SELF_BOUNDED.get(node.op_type, 0) :]

@@ -13,7 +13,7 @@ from onnxcollapse.errors import OptionError
 
 
 class OneParameterPReLU(nn.Module):
-    """f(z) = max(z, 0) + alpha min(z, 0) with one alpha for the whole tensor (arXiv 2311.17943, section 3).
+    """f(z) = max(z, 0) + alpha min(z, 0) with one alpha for the whole tensor (arXiv 2311.17943).
 
     At alpha = 0 it is ReLU, at alpha = 1 the identity, and the two Linears around it are then one.
 

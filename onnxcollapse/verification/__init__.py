@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from onnxcollapse.verification.compare import Comparison, OutputComparison, Verifier, compare
+from onnxcollapse.verification.compare import Comparison, OutputComparison, compare
 from onnxcollapse.verification.metrics import METRICS, Metric, metric
+from onnxcollapse.verification.verifier import Verifier
 
 __all__ = ["METRICS", "Comparison", "Metric", "OutputComparison", "Verifier", "compare", "metric"]

@@ -52,7 +52,7 @@ def mlp() -> Callable[..., Model]:
 
 @pytest.fixture
 def encoder() -> Callable[..., Model]:
-    """Token ids [B, S] with a mask -> h [B, S, 6] -> pooled [B, 6]; padding is NaN in h, to see it left out."""
+    """Token ids [B, S] with a mask -> h [B, S, 6] -> pooled [B, 6]; h is NaN where there is padding."""
 
     def make(seed: int = 0) -> Model:
         rng = np.random.default_rng(seed)

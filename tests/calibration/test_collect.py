@@ -54,7 +54,9 @@ def test_sums_equal_numpy(mlp, opset):
     statistics = collect(model, [gram, moments], data, provider="cpu")
     for part, result in (("fit", statistics.fit), ("heldout", statistics.heldout)):
         values = activations(model, rows(data, part))
-        assert_grams_equal(result(gram), GramMatrix.from_rows({name: values[name] for name in ("x", "a", "y")}))
+        assert_grams_equal(
+            result(gram), GramMatrix.from_rows({name: values[name] for name in ("x", "a", "y")})
+        )
         assert_moments_equal(result(moments), MomentSums.from_rows(values["z"]))
     assert statistics.fit(gram).count == 75
     assert statistics.heldout(gram).count == 25
@@ -306,7 +308,9 @@ def test_tensors_of_unequal_rows(build):
 
 
 def test_an_old_opset(build):
-    model = build('<ir_version: 3, opset_import: ["" : 8]> g (float[N,2] x) => (float[N,2] y) { y = Relu(x) }')
+    model = build(
+        '<ir_version: 3, opset_import: ["" : 8]> g (float[N,2] x) => (float[N,2] y) { y = Relu(x) }'
+    )
     data = open_data({"x": np.ones((4, 2), np.float32)}, model)
     with pytest.raises(ModelError, match="opset 8"):
         collect(model, [Moments(Ref("y"))], data, provider="cpu")

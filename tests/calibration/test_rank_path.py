@@ -17,7 +17,9 @@ def rows():
 
 def test_errors_of_all_ranks_equal_the_measured_ones(rows):
     x, y = rows
-    fit, heldout = (GramMatrix.from_rows({"x": x[part], "y": y[part]}) for part in (slice(400), slice(400, None)))
+    fit, heldout = (
+        GramMatrix.from_rows({"x": x[part], "y": y[part]}) for part in (slice(400), slice(400, None))
+    )
     path = rank_path(fit, heldout, "x", "y", ridge_fit(fit, heldout, "x", "y"))
     for rank in (1, 3, 12):
         found = path.at(rank)

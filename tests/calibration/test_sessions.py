@@ -184,7 +184,9 @@ def test_large_index_tensors_are_still_read_by_shape_inference(build):
 
 
 def test_a_model_that_cannot_be_loaded(build, tmp_path):
-    model = build('<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y) { y = Nonsense(x) }')
+    model = build(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y) { y = Nonsense(x) }'
+    )
     model.path = tmp_path / "strange.onnx"
     with pytest.raises(ModelError, match=r"cannot load .*strange\.onnx: .*Nonsense") as caught:
         open_session(model, provider="cpu")
@@ -215,7 +217,9 @@ def test_the_provider_is_stated(mlp):
 
 def test_unknown_providers(mlp):
     for name in ("quantum", "QNNExecutionProvider", ""):
-        with pytest.raises(ProviderError, match=r"is not available; choose one of auto, cpu, cuda, tensorrt, .*CPU"):
+        with pytest.raises(
+            ProviderError, match=r"is not available; choose one of auto, cpu, cuda, tensorrt, .*CPU"
+        ):
             open_session(mlp(), provider=name)
 
 
@@ -267,13 +271,17 @@ def test_cuda_is_used_where_it_works(monkeypatch):
 
 
 def test_importing_the_package_imports_no_runtime():
-    code = "import sys, onnxcollapse.calibration, onnxcollapse.verification; print('onnxruntime' in sys.modules)"
+    code = (
+        "import sys, onnxcollapse.calibration, onnxcollapse.verification; print('onnxruntime' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_string_tensors_pass(build):
-    model = build('<ir_version: 8, opset_import: ["" : 17]> g (string[N] x) => (string[N] y) { y = Identity(x) }')
+    model = build(
+        '<ir_version: 8, opset_import: ["" : 17]> g (string[N] x) => (string[N] y) { y = Identity(x) }'
+    )
     assert run(model, x=np.array(["a", "b"], object))["y"].tolist() == ["a", "b"]
 
 

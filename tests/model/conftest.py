@@ -46,7 +46,12 @@ def _visit(message) -> None:
         repeated = not hasattr(value, "ListFields")
         for item in value if repeated else [value]:
             _visit(item)
-        if field.name in ("metadata_props", "value_info", "quantization_annotation", "quant_parameter_tensor_names"):
+        if field.name in (
+            "metadata_props",
+            "value_info",
+            "quantization_annotation",
+            "quant_parameter_tensor_names",
+        ):
             items = sorted(value, key=lambda item: item.SerializeToString())
             del value[:]
             value.extend(items)

@@ -30,7 +30,9 @@ def refused(path, *words):
 
 
 def external(name, shape, location, offset=None, length=None):
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL
+    )
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         if value is not None:
             tensor.external_data.add(key=key, value=str(value))
@@ -81,7 +83,9 @@ def test_relative_paths_hold_when_the_working_folder_changes(mlp, written, tmp_p
     assert model.to_bytes() == mlp.SerializeToString()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"hello, world", b"{}", b"PK\x03\x04" + bytes(99), bytes(5000)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"hello, world", b"{}", b"PK\x03\x04" + bytes(99), bytes(5000)]
+)
 def test_files_that_are_no_models(content, written):
     refused(written(content))
 
@@ -216,7 +220,9 @@ def test_external_constant_in_a_branch(proto, written, tmp_path):
     (tmp_path / "w.bin").write_bytes(array.tobytes())
 
     def branch(name):
-        constant = helper.make_node("Constant", [], [f"c{name}"], value=external("", [32, 32], "w.bin", 0, 4096))
+        constant = helper.make_node(
+            "Constant", [], [f"c{name}"], value=external("", [32, 32], "w.bin", 0, 4096)
+        )
         output = helper.make_tensor_value_info(f"r{name}", TensorProto.FLOAT, None)
         product = helper.make_node("MatMul", ["x", f"c{name}"], [f"r{name}"])
         return helper.make_graph([constant, product], name, [], [output])
@@ -287,7 +293,9 @@ def test_signature(proto, written):
 
 
 def test_signature_of_other_kinds(proto, written):
-    made = proto([helper.make_node("SequenceConstruct", ["x"], ["s"]), helper.make_node("Relu", ["x"], ["y"])])
+    made = proto(
+        [helper.make_node("SequenceConstruct", ["x"], ["s"]), helper.make_node("Relu", ["x"], ["y"])]
+    )
     made.graph.output.append(helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, None))
     assert [spec.kind for spec in Model.load(written(made)).signature().outputs] == ["tensor", "sequence"]
 

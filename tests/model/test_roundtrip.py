@@ -21,7 +21,9 @@ opset = helper.make_opsetid
 
 
 def tensor(shape, name="", seed=0):
-    return numpy_helper.from_array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32), name)
+    return numpy_helper.from_array(
+        np.random.default_rng(seed).standard_normal(shape).astype(np.float32), name
+    )
 
 
 def model(nodes, initializers=(), inputs=None, outputs=None, *, opsets=None, version=10, **options):
@@ -74,7 +76,10 @@ def overridable_input():
 
 def functions_with_overloads():
     made = model(
-        [node("Scale", ["x"], ["h"], domain="my", overload="a"), node("Scale", ["h"], ["y"], domain="my", overload="b")],
+        [
+            node("Scale", ["x"], ["h"], domain="my", overload="a"),
+            node("Scale", ["h"], ["y"], domain="my", overload="b"),
+        ],
         opsets=[opset("", 17), opset("my", 1)],
     )
     for overload in ("a", "b"):
@@ -85,7 +90,11 @@ def functions_with_overloads():
             "Scale",
             ["inp"],
             ["out"],
-            [node("Constant", [], ["w"], value=tensor((32, 32))), node("MatMul", ["inp", "w"], ["p"]), reference],
+            [
+                node("Constant", [], ["w"], value=tensor((32, 32))),
+                node("MatMul", ["inp", "w"], ["p"]),
+                reference,
+            ],
             [opset("", 17)],
             attributes=["free"],
             attribute_protos=[helper.make_attribute("slope", 0.5)],
@@ -107,7 +116,9 @@ def every_data_type():
         for size in (3, 4099):
             array = random.integers(0, 2, size).astype(dtype)
             initializers.append(numpy_helper.from_array(array, f"{np.dtype(dtype).name}_{size}"))
-    texts = numpy_helper.from_array(np.array([b"a", b"", b"\xff\x00b\x00", "ä".encode()] * 400, object), "texts")
+    texts = numpy_helper.from_array(
+        np.array([b"a", b"", b"\xff\x00b\x00", "ä".encode()] * 400, object), "texts"
+    )
     return model([node("Relu", ["x"], ["y"])], [*initializers, texts], version=11, opsets=[opset("", 23)])
 
 
@@ -209,10 +220,29 @@ def constant_forms():
 def contrib():
     return model(
         [
-            node("SkipLayerNormalization", ["x", "x", "g"], ["y", "", "", "sum"], domain="com.microsoft", epsilon=1e-5),
-            node("MatMulNBits", ["y", "q", "scales"], ["z"], domain="com.microsoft", K=32, N=64, bits=4, block_size=32),
+            node(
+                "SkipLayerNormalization",
+                ["x", "x", "g"],
+                ["y", "", "", "sum"],
+                domain="com.microsoft",
+                epsilon=1e-5,
+            ),
+            node(
+                "MatMulNBits",
+                ["y", "q", "scales"],
+                ["z"],
+                domain="com.microsoft",
+                K=32,
+                N=64,
+                bits=4,
+                block_size=32,
+            ),
         ],
-        [tensor((32,), "g"), numpy_helper.from_array(np.ones((64, 1, 16), np.uint8), "q"), tensor((64,), "scales")],
+        [
+            tensor((32,), "g"),
+            numpy_helper.from_array(np.ones((64, 1, 16), np.uint8), "q"),
+            tensor((64,), "scales"),
+        ],
         outputs=[info("z", FLOAT, ["b", 64]), info("sum", FLOAT, ["b", 32])],
         opsets=[opset("ai.onnx", 17), opset("com.microsoft", 1)],
     )
@@ -331,7 +361,9 @@ def test_external_data_of_all_places_comes_back(written, assert_same, tmp_path):
 
 
 def test_attributes_without_a_type_get_the_one_they_mean(written):
-    made = model([node("LeakyRelu", ["x"], ["h"], alpha=0.25), node("Transpose", ["h"], ["y"], perm=[0, 1])], version=3)
+    made = model(
+        [node("LeakyRelu", ["x"], ["h"], alpha=0.25), node("Transpose", ["h"], ["y"], perm=[0, 1])], version=3
+    )
     for each in made.graph.node:
         each.attribute[0].ClearField("type")
     loaded = Model.load(written(made))
@@ -373,7 +405,9 @@ def graphs(draw):
         nodes.append(node("Add", [value, reads], [out], name=draw(st.sampled_from(["", f"n{index}"]))))
         value = out
     extra = draw(st.booleans())
-    outputs = [info(value, FLOAT, ["b", 16])] + ([info(w.name, FLOAT, None) for w in initializers] if extra else [])
+    outputs = [info(value, FLOAT, ["b", 16])] + (
+        [info(w.name, FLOAT, None) for w in initializers] if extra else []
+    )
     cond = numpy_helper.from_array(np.bool_(True), "cond")
     return model(nodes, [cond, *initializers], [info("x", FLOAT, ["b", 16])], outputs)
 

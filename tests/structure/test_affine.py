@@ -38,7 +38,7 @@ AFFINE = {
 @pytest.mark.parametrize("case", AFFINE)
 def test_equals_the_runtime(parse, run, rng, case):
     given, body, weights, axis = AFFINE[case]
-    model = parse(f"g ({given}) => (float y) {{ {body} }}", weights)
+    model = parse(f"g ({given}) => (float[] y) {{ {body} }}", weights)
     affine = affine_of(model.graph[0])
     assert affine.axis == axis
     assert (affine.input.name, affine.output.name) == ("x", "y")
@@ -75,10 +75,10 @@ NOT_AFFINE = {
 @pytest.mark.parametrize("case", NOT_AFFINE)
 def test_refused(parse, case):
     given, body, weights = NOT_AFFINE[case]
-    model = parse(f"g ({given}) => (float y) {{ {body} }}", weights)
+    model = parse(f"g ({given}) => (float[] y) {{ {body} }}", weights)
     assert affine_of(model.graph[0]) is None
 
 
 def test_contrib_op_of_the_same_name_is_none(parse):
-    model = parse("g (float[2,3] x) => (float y) { y = my.Identity(x) }", domains=["my"])
+    model = parse("g (float[2,3] x) => (float[] y) { y = my.Identity(x) }", domains=["my"])
     assert affine_of(model.graph[0]) is None

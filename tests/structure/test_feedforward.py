@@ -47,7 +47,7 @@ ACTIVATIONS = {
 }
 
 
-def plain(parse, region, rank=2, opset=18, extra=None, outputs="float y", inputs=""):
+def plain(parse, region, rank=2, opset=18, extra=None, outputs="float[] y", inputs=""):
     dims = ", ".join(["n", "t", "s"][: rank - 1])
     return parse(
         f"""g (float[{dims}, 4] x{inputs}) => ({outputs}) {{
@@ -96,7 +96,7 @@ def test_per_channel_constants_of_the_region_count(parse):
 
 def test_shared_weights_do_not_count(parse):
     model = parse(
-        """g (float[n,4] x) => (float y, float y2) {
+        """g (float[n,4] x) => (float[] y, float[] y2) {
             a = MatMul(x, W1) h = Relu(a) y = MatMul(h, W2)
             s = Identity(W1) t = Tanh(x) a2 = MatMul(t, s) h2 = Relu(a2) y2 = MatMul(h2, V2)
         }""",
@@ -108,7 +108,7 @@ def test_shared_weights_do_not_count(parse):
 
 def test_weight_shared_inside_the_site_counts_once(parse):
     model = parse(
-        "g (float[n,4] x) => (float y) { a = MatMul(x, S) h = Relu(a) y = MatMul(h, S) }", {"S": normal(4, 4)}
+        "g (float[n,4] x) => (float[] y) { a = MatMul(x, S) h = Relu(a) y = MatMul(h, S) }", {"S": normal(4, 4)}
     )
     (site,), _ = feedforwards(model.graph)
     assert site.params == 16
@@ -125,7 +125,7 @@ def test_weight_shared_inside_the_site_counts_once(parse):
     ],
 )
 def test_gated_sites(parse, run, rng, text, gate):
-    model = parse(f"g (float[n,4] x) => (float y) {{ {text} y = MatMul(h, W2) }}", BASE)
+    model = parse(f"g (float[n,4] x) => (float[] y) {{ {text} y = MatMul(h, W2) }}", BASE)
     (site,), refusals = feedforwards(model.graph)
     assert refusals == []
     assert site.gate.name == gate
@@ -146,7 +146,7 @@ def test_plain_site_takes_no_gate(parse):
 @pytest.mark.parametrize("slope", [(6, 1, 1), (1, 6, 1, 1), (1,), (1, 1, 1)])
 def test_convolutions(parse, run, rng, slope):
     model = parse(
-        """g (float[n,4,h,w] x) => (float y) {
+        """g (float[n,4,h,w] x) => (float[] y) {
             z0 = Conv(x, W1, b1) n1 = BatchNormalization(z0, c, b1, b1, c) h0 = PRelu(n1, s) y = Conv(h0, W2, b2)
         }""",
         BASE | {"W1": normal(6, 4, 1, 1), "W2": normal(3, 6, 1, 1), "s": np.abs(normal(*slope))},
@@ -160,7 +160,7 @@ def test_convolutions(parse, run, rng, slope):
 
 def test_weights_on_the_left(parse, run, rng):
     model = parse(
-        """g (float[n,4,t] x) => (float y) {
+        """g (float[n,4,t] x) => (float[] y) {
             m = MatMul(W1, x) z = Add(m, b) h0 = PRelu(z, s) y = MatMul(W2, h0)
         }""",
         {"W1": normal(6, 4), "b": normal(6, 1), "W2": normal(3, 6), "s": np.abs(normal(6, 1))},
@@ -174,7 +174,7 @@ def test_weights_on_the_left(parse, run, rng):
 
 def test_chain_gives_overlapping_sites(parse):
     model = parse(
-        """g (float[n,4] x) => (float y) {
+        """g (float[n,4] x) => (float[] y) {
             a = Gemm(x, A) r = Relu(a) b = Gemm(r, B) s = Relu(b) c = Gemm(s, C) y = Gemm(c, A)
         }""",
         {"A": normal(4, 5), "B": normal(5, 6), "C": normal(6, 4)},
@@ -186,11 +186,11 @@ def test_chain_gives_overlapping_sites(parse):
 
 
 REFUSED = {
-    "hidden is an output": ("h = Relu(z)", {"outputs": "float y, float h"}, "hidden tensor h is a graph output"),
-    "pre-activation is an output": ("h = Relu(z)", {"outputs": "float y, float z"}, "z is a graph output"),
-    "hidden is used elsewhere": ("h = Relu(z) o = Tanh(h)", {"outputs": "float y, float o"}, "h is also used by o (Tanh)"),
-    "inner is used elsewhere": ("i = Relu(z) h = Neg(i) o = Exp(i)", {"outputs": "float y, float o"}, "i is also used by o"),
-    "mask is used": ("h, o = Dropout(z) p = Not(o)", {"outputs": "float y, bool p"}, "mask is used"),
+    "hidden is an output": ("h = Relu(z)", {"outputs": "float[] y, float[] h"}, "hidden tensor h is a graph output"),
+    "pre-activation is an output": ("h = Relu(z)", {"outputs": "float[] y, float[] z"}, "z is a graph output"),
+    "hidden is used elsewhere": ("h = Relu(z) o = Tanh(h)", {"outputs": "float[] y, float[] o"}, "h is also used by o (Tanh)"),
+    "inner is used elsewhere": ("i = Relu(z) h = Neg(i) o = Exp(i)", {"outputs": "float[] y, float[] o"}, "i is also used by o"),
+    "mask is used": ("h, o = Dropout(z) p = Not(o)", {"outputs": "float[] y, bool p"}, "mask is used"),
     "training": ("h = Dropout(z, half, yes)", {"extra": {"yes": np.array(True)}}, "training mode"),
     "rows are mixed": ("h = Mul(z, r)", {"extra": {"r": normal(5, 1)}}, "mix rows"),
     "rows are mixed by a matrix": ("h = Mul(z, r)", {"extra": {"r": normal(5, 6)}}, "mix rows"),
@@ -229,7 +229,7 @@ NO_SITE = {
 @pytest.mark.parametrize("case", NO_SITE)
 def test_other_things_are_no_sites_and_no_refusals(parse, case):
     model = parse(
-        f"g (float[n,4] x, float[n,6] r) => (float y) {{ z = MatMul(x, W1) {NO_SITE[case]} y = MatMul(h, W2) }}",
+        f"g (float[n,4] x, float[n,6] r) => (float[] y) {{ z = MatMul(x, W1) {NO_SITE[case]} y = MatMul(h, W2) }}",
         BASE,
         domains=["my"],
     )
@@ -248,14 +248,14 @@ def test_other_things_are_no_sites_and_no_refusals(parse, case):
 )
 def test_gated_refusals(parse, text, reason):
     weights = BASE | {"V": normal(4, 6), "N": normal(4, 1)}
-    sites, refusals = feedforwards(parse(f"g (float[n,4] x) => (float y) {{ {text} y = MatMul(h, W2) }}", weights).graph)
+    sites, refusals = feedforwards(parse(f"g (float[n,4] x) => (float[] y) {{ {text} y = MatMul(h, W2) }}", weights).graph)
     assert sites == []
     assert [reason in refusal.reason for refusal in refusals] == ([] if reason is None else [True])
 
 
 def test_slope_along_the_image_is_refused(parse):
     model = parse(
-        "g (float[n,4,6,6] x) => (float y) { z0 = Conv(x, W1) h0 = PRelu(z0, c) y = Conv(h0, W2) }",
+        "g (float[n,4,6,6] x) => (float[] y) { z0 = Conv(x, W1) h0 = PRelu(z0, c) y = Conv(h0, W2) }",
         BASE | {"W1": normal(6, 4, 1, 1), "W2": normal(3, 6, 1, 1)},
     )
     sites, (refusal,) = feedforwards(model.graph)
@@ -265,7 +265,7 @@ def test_slope_along_the_image_is_refused(parse):
 
 def test_channels_that_change_axis_are_refused(parse):
     model = parse(
-        "g (float[n,4,6] x) => (float y) { z0 = Conv(x, W1) h0 = Relu(z0) y = MatMul(h0, W2) }",
+        "g (float[n,4,6] x) => (float[] y) { z0 = Conv(x, W1) h0 = Relu(z0) y = MatMul(h0, W2) }",
         BASE | {"W1": normal(6, 4, 1)},
     )
     sites, (refusal,) = feedforwards(model.graph)
@@ -275,7 +275,7 @@ def test_channels_that_change_axis_are_refused(parse):
 
 def test_same_axis_by_another_number(parse):
     model = parse(
-        "g (float[n,4,t] x) => (float y) { z0 = Conv(x, W1) h0 = Relu(z0) y = MatMul(W2, h0) }",
+        "g (float[n,4,t] x) => (float[] y) { z0 = Conv(x, W1) h0 = Relu(z0) y = MatMul(W2, h0) }",
         {"W1": normal(6, 4, 1), "W2": normal(3, 6)},
     )
     (site,), _ = feedforwards(model.graph)
@@ -284,7 +284,7 @@ def test_same_axis_by_another_number(parse):
 
 def test_unknown_rank_is_said(parse):
     model = parse(
-        "g (float x) => (float y) { o = Op(x) z = MatMul(o, W1) m = Mul(z, r) h = Relu(m) y = MatMul(h, W2) }",
+        "g (float x) => (float[] y) { o = Op(x) z = MatMul(o, W1) m = Mul(z, r) h = Relu(m) y = MatMul(h, W2) }",
         BASE | {"r": normal(1, 6)},
     )
     _, (refusal,) = feedforwards(model.graph)
@@ -293,11 +293,11 @@ def test_unknown_rank_is_said(parse):
 
 def test_hidden_tensor_used_in_a_branch_is_refused(parse):
     model = parse(
-        """g (float[n,4] x, bool p) => (float y, float w) {
+        """g (float[n,4] x, bool p) => (float[] y, float[] w) {
             z = MatMul(x, W1) h = Relu(z) y = MatMul(h, W2)
             w = If (p) <
-                then_branch = yes () => (float u) { u = Neg(h) },
-                else_branch = no () => (float v) { v = Neg(x) }
+                then_branch = yes () => (float[] u) { u = Neg(h) },
+                else_branch = no () => (float[] v) { v = Neg(x) }
             >
         }""",
         BASE,
@@ -309,10 +309,10 @@ def test_hidden_tensor_used_in_a_branch_is_refused(parse):
 
 def test_sites_in_subgraphs_are_refused(parse):
     model = parse(
-        """g (float[n,4] x, bool p, int64 trips) => (float y, float w) {
+        """g (float[n,4] x, bool p, int64 trips) => (float[] y, float[] w) {
             y = If (p) <
-                then_branch = yes () => (float u) { z = MatMul(x, W1) h = Relu(z) u = MatMul(h, W2) },
-                else_branch = no () => (float v) { z2 = MatMul(x, W1) h2 = Tanh(z2) v = MatMul(h2, W2) }
+                then_branch = yes () => (float[] u) { z = MatMul(x, W1) h = Relu(z) u = MatMul(h, W2) },
+                else_branch = no () => (float[] v) { z2 = MatMul(x, W1) h2 = Tanh(z2) v = MatMul(h2, W2) }
             >
             w = Loop (trips, p, x) <
                 body = b (int64 i, bool q, float[n,4] s) => (bool q2, float[n,4] s2) {
@@ -331,7 +331,7 @@ def test_sites_in_subgraphs_are_refused(parse):
 
 def test_sites_in_functions_are_refused(parse):
     model = parse(
-        """g (float[n,4] x, float[4,6] a, float[6,4] b) => (float y) { y = my.block(x) }
+        """g (float[n,4] x, float[4,6] a, float[6,4] b) => (float[] y) { y = my.block(x) }
         <domain: "my", opset_import: ["" : 17]>
         block (u) => (v) {
             A = Constant <value = float[1,2] {1.0, 2.0}> ()
@@ -348,7 +348,7 @@ def test_sites_in_functions_are_refused(parse):
 
 def test_quantised_linears_are_listed(parse):
     model = parse(
-        """g (float[n,4] x) => (float y) {
+        """g (float[n,4] x) => (float[] y) {
             w = DequantizeLinear(Q, s) z = MatMul(x, w) h = Relu(z) y = com.microsoft.MatMulNBits(h, Q)
         }""",
         {"Q": np.zeros((4, 6), np.int8), "s": np.float32(1)},
@@ -361,7 +361,7 @@ def test_quantised_linears_are_listed(parse):
 
 def test_half_precision_casts_are_skipped(parse):
     model = parse(
-        """g (float16[n,4] x) => (float16 y) {
+        """g (float16[n,4] x) => (float16[] y) {
             z = MatMul(x, W1) w = Cast <to = 1> (z) r = Softplus(w) h = Cast <to = 10> (r) y = MatMul(h, W2)
         }""",
         {"W1": W1.astype(np.float16), "W2": W2.astype(np.float16)},

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes ONNX models structurally smaller and faster before deployment, without training.
 
-    >>> from onnxcollapse import Budget, Model, open_data, optimize
-    >>> model = Model.load("model.onnx")
-    >>> result = optimize(model, open_data("calib.npz", model), budget=Budget(0.01))
-    >>> result.model.save("small.onnx")
+>>> from onnxcollapse import Budget, Model, open_data, optimize
+>>> model = Model.load("model.onnx")
+>>> result = optimize(model, open_data("calib.npz", model), budget=Budget(0.01))
+>>> result.model.save("small.onnx")
 """
 
 from __future__ import annotations

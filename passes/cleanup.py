@@ -46,17 +46,27 @@ class Cleanup(Pass):
         if saving.objection() is None:
             yield GraphSite(saving=saving)
 
-    def propose(self, site: GraphSite, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+    def propose(self, site: GraphSite, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Proposes what the dry run took away."""
-        yield Proposal(site.name, detail=f"{site.saving.nodes} nodes without effect removed", saving=site.saving)
+        yield Proposal(
+            site.name, detail=f"{site.saving.nodes} nodes without effect removed", saving=site.saving
+        )
 
-    def rewrite(self, model: Model, site: GraphSite, proposal: Proposal) -> None:  # noqa: ARG002
+    def rewrite(self, model: Model, site: GraphSite, proposal: Proposal) -> None:
         """Cleans the model."""
         _clean(model)
 
 
 RANDOM = frozenset(
-    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+    {
+        "Bernoulli",
+        "Dropout",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
 )
 """Operators whose two equal calls need not give equal results."""
 

@@ -19,11 +19,10 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from onnxcollapse.calibration.leastsquares import LinearFit, rank_path, ridge_fit
-from onnxcollapse.calibration.statistics import Gram, MomentSums, Moments, Ref, Request, Statistics
+from onnxcollapse.calibration.statistics import Gram, Moments, MomentSums, Ref, Request, Statistics
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 from onnxcollapse.structure import FeedForward, affine_of, build_linear, feedforwards, prelu_slope
-
 
 SLACKS = (0.01, 0.1)
 """How much more held-out error than full rank the maps of limited rank may have, relatively."""
@@ -70,7 +69,7 @@ class CollapseFfn(Pass):
 
     Attributes:
         method: ``fold``, ``fit``, or ``auto`` for whichever costs less at the outputs.
-        tolerance: Largest \\|1 - alpha\\| that ``fold`` takes for linear (the paper's code: 0.05).
+        tolerance: Largest |1 - alpha| that ``fold`` takes for linear (the paper's code: 0.05).
         ranks: Whether ``fit`` also offers maps of limited rank where these pay.
     """
 
@@ -104,7 +103,9 @@ class CollapseFfn(Pass):
 
     def propose(self, site: FeedForward, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Offers the fold where the slopes allow it, and fits of full and of limited rank."""
-        assert statistics is not None
+        if statistics is None:
+            yield Decline(site.name, "no statistics were collected")
+            return
         fold = self._fold(site)
         if fold is not None:
             before = statistics.heldout(Moments(Ref(fold.input, axis=site.up.axis)))
@@ -119,7 +120,9 @@ class CollapseFfn(Pass):
         for index, matrix in enumerate(found.matrices):
             last = index == len(found.matrices) - 1
             anchor = site.down.node
-            value = build_linear(model.graph, anchor, site.down, value, matrix, found.offset if last else None)
+            value = build_linear(
+                model.graph, anchor, site.down, value, matrix, found.offset if last else None
+            )
         edit.substitute(model, site.output, value)
 
     def _fold(self, site: FeedForward) -> Fold | None:
@@ -171,7 +174,7 @@ def _after(site: FeedForward) -> Moments:
 
 def _saving(site: FeedForward, found: LinearMap) -> Saving:
     params = site.params - found.params
-    return Saving(params=params, bytes=params * site.up.dtype.itemsize if site.up.dtype else 0)
+    return Saving(params=params, bytes=params * site.up.dtype.bitwidth // 8)
 
 
 def _fit_proposal(site: FeedForward, fit: LinearFit, found: LinearMap, variant: str) -> Proposal:

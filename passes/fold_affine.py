@@ -86,11 +86,11 @@ class FoldAffine(Pass):
             if before is not None and _private(before.output):
                 yield _chain(before, linear)
 
-    def propose(self, site: Fold, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+    def propose(self, site: Fold, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Proposes the fold."""
         yield Proposal(site.name, detail=site.detail, saving=site.saving)
 
-    def rewrite(self, model: Model, site: Fold, proposal: Proposal) -> None:  # noqa: ARG002
+    def rewrite(self, model: Model, site: Fold, proposal: Proposal) -> None:
         """Folds."""
         site.write(model)
 
@@ -134,7 +134,9 @@ def _along(affine: Affine, linear: Linear) -> bool:
 def _unless_shared(folded: list[Linear], affine: Affine, make: Callable[[], Fold]) -> Fold | Decline:
     for linear in folded:
         if is_shared(linear.weight, frozenset(linear.nodes)):
-            return Decline(affine.output.name or "", f"weight '{linear.weight.name}' is shared; folding would copy it")
+            return Decline(
+                affine.output.name or "", f"weight '{linear.weight.name}' is shared; folding would copy it"
+            )
     return make()
 
 
@@ -164,7 +166,9 @@ def _after_linear(linear: Linear, affine: Affine) -> Fold:
     def write(model: Model) -> None:
         offset = linear.offset() * scale + shift
         matrix = linear.matrix() * scale
-        value = build_linear(model.graph, affine.node, linear, linear.input, matrix, offset if biased else None)
+        value = build_linear(
+            model.graph, affine.node, linear, linear.input, matrix, offset if biased else None
+        )
         edit.substitute(model, affine.output, value)
 
     added = linear.out_features if biased and linear.bias is None else 0
@@ -239,14 +243,17 @@ def _is_conv(node: ir.Node) -> bool:
 
 
 def _after_conv(conv: ir.Node, affine: Affine) -> Iterator[Fold | Decline]:
-    weight = constant_array(conv.inputs[1])
+    weight_value = conv.inputs[1]
+    weight = constant_array(weight_value)
     bias_value = conv.inputs[2] if len(conv.inputs) > 2 else None
     bias = constant_array(bias_value)
-    if weight is None or (bias_value is not None and bias is None):
+    if weight is None or weight_value is None or (bias_value is not None and bias is None):
         return
-    if not keeps_layout(affine, weight.shape[0]) or (affine.axis not in (None, 1) and affine.axis != 1 - weight.ndim):
+    if not keeps_layout(affine, weight.shape[0]) or (
+        affine.axis not in (None, 1) and affine.axis != 1 - weight.ndim
+    ):
         return
-    if is_shared(conv.inputs[1], frozenset((conv,))):
+    if is_shared(weight_value, frozenset((conv,))):
         yield Decline(affine.output.name or "", "the Conv's weight is shared; folding would copy it")
         return
     channels = weight.shape[0]
@@ -261,7 +268,9 @@ def _after_conv(conv: ir.Node, affine: Affine) -> Iterator[Fold | Decline]:
         operands = [conv.inputs[0], edit.add_initializer(graph, f"{hint}_weight", wide, dtype)]
         if biased:
             operands.append(edit.add_initializer(graph, f"{hint}_bias", offset, dtype))
-        made = ir.Node("", "Conv", operands, list(conv.attributes.values()), num_outputs=1, name=f"{hint}_Conv")
+        made = ir.Node(
+            "", "Conv", operands, list(conv.attributes.values()), num_outputs=1, name=f"{hint}_Conv"
+        )
         made.outputs[0].type, made.outputs[0].shape = affine.output.type, affine.output.shape
         edit.insert_before(graph, affine.node, [made])
         edit.substitute(model, affine.output, made.outputs[0])

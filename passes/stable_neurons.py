@@ -71,8 +71,8 @@ class StableNeurons(Pass):
     """Removes neurons that interval bounds prove always on or always off.
 
     Attributes:
-        input_range: Box that the floating inputs lie in: ``lo..hi`` for all of them, or ``name=lo..hi`` joined by ``;``.
-            The model is only right inside it, so it is recorded in the metadata.
+        input_range: Box that the floating inputs lie in: ``lo..hi`` for all, or ``name=lo..hi`` joined by ``;``. The
+            model is only right inside it, so it is recorded in the metadata.
     """
 
     name: ClassVar[str] = "stable-neurons"
@@ -99,7 +99,7 @@ class StableNeurons(Pass):
             if not np.all(np.isnan(slopes)):
                 yield Stable(block, slopes)
 
-    def propose(self, site: Stable, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+    def propose(self, site: Stable, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Chooses the smallest exact form, or says why none is smaller."""
         block = site.block
         plan = _plan(site)
@@ -109,13 +109,16 @@ class StableNeurons(Pass):
             yield Decline(
                 site.name,
                 f"{stable} of {block.d_hidden} neurons never switch; neither a skip path (which pays from "
-                f"{block.d_in * block.d_out / (block.d_in + block.d_out + 1):.1f} on) nor their dependence saves parameters",
+                f"{block.d_in * block.d_out / (block.d_in + block.d_out + 1):.1f} on) nor their dependence "
+                "saves parameters",
             )
             return
         detail = f"{stable} of {block.d_hidden} neurons never switch: {len(plan.keep)} stay"
         if plan.skip is not None:
             detail += f", with a {block.d_in} x {block.d_out} linear path"
-        yield Proposal(site.name, detail=detail, saving=Saving(params=_params_now(block) - params), payload=plan)
+        yield Proposal(
+            site.name, detail=detail, saving=Saving(params=_params_now(block) - params), payload=plan
+        )
 
     def rewrite(self, model: Model, site: Stable, proposal: Proposal) -> None:
         """Builds the smaller block and records the box it holds in."""
@@ -158,8 +161,7 @@ def _activation(block: FeedForward) -> ir.Node | None:
 
 def _slope(block: FeedForward) -> np.ndarray:
     slope = prelu_slope(block.region[0])
-    assert slope is not None
-    return slope
+    return np.zeros(()) if slope is None else slope  # never None: `_activation` chose the block
 
 
 def _params_now(block: FeedForward) -> int:
@@ -253,5 +255,3 @@ def _activate(model: Model, block: FeedForward, anchor: ir.Node, up: ir.Value, k
     made.outputs[0].type, made.outputs[0].shape = up.type, up.shape
     edit.insert_before(model.graph, anchor, [made])
     return made.outputs[0]
-
-

@@ -19,6 +19,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxcollapse.calibration.statistics import Statistics
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 
@@ -77,15 +78,17 @@ class TieWeights(Pass):
         if self.transposed:
             yield from _transposed_pairs(firsts, self.min_bytes)
 
-    def propose(self, site: Copies, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+    def propose(self, site: Copies, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Proposes to keep the first."""
         tensor = _tensor(site.first)
         count = len(site.others)
         what = "transposed copy" if site.transposed else ("copy" if count == 1 else f"{count} copies")
         saving = Saving(bytes=tensor.nbytes * count)
-        yield Proposal(site.name, detail=f"{what} of '{site.first.name}', {tensor.nbytes:,} bytes each", saving=saving)
+        yield Proposal(
+            site.name, detail=f"{what} of '{site.first.name}', {tensor.nbytes:,} bytes each", saving=saving
+        )
 
-    def rewrite(self, model: Model, site: Copies, proposal: Proposal) -> None:  # noqa: ARG002
+    def rewrite(self, model: Model, site: Copies, proposal: Proposal) -> None:
         """Lets the users of the copies read the first."""
         for copy in site.others:
             if site.transposed:
@@ -98,7 +101,8 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     """Returns what a stored value holds."""
     producer = value.producer()
     tensor = value.const_value if producer is None else producer.attributes["value"].as_tensor()
-    assert tensor is not None
+    if tensor is None:
+        raise ModelError(f"'{value.name}' holds no tensor any more")
     return tensor
 
 
@@ -109,17 +113,18 @@ def _stored(model: Model) -> Iterator[ir.Value]:
     because their name is part of the signature, and so do those of functions, which cannot read outside.
     """
     main = model.graph
-    for value in main.initializers.values():
-        if value.const_value is not None and not value.is_graph_input() and not value.is_graph_output():
-            yield value
+    yield from filter(_replaceable, main.initializers.values())
     for node in main:
-        if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
-            if not node.attributes["value"].is_ref() and not node.outputs[0].is_graph_output():
-                yield node.outputs[0]
+        attribute = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
+        if attribute is not None and not attribute.is_ref() and not node.outputs[0].is_graph_output():
+            yield node.outputs[0]
     for graph in main.subgraphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None and not value.is_graph_input() and not value.is_graph_output():
-                yield value
+        yield from filter(_replaceable, graph.initializers.values())
+
+
+def _replaceable(value: ir.Value) -> bool:
+    """Whether an initializer is a constant and its name not part of the signature."""
+    return value.const_value is not None and not value.is_graph_input() and not value.is_graph_output()
 
 
 def _equal_groups(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:

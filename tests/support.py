@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ class Net:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"node_{name}", **attributes))
         return name
 
-    def linear(self, x: str, matrix, offset=None, *, spelling: str = "matmul", name: str | None = None) -> str:
+    def linear(
+        self, x: str, matrix, offset=None, *, spelling: str = "matmul", name: str | None = None
+    ) -> str:
         matrix = np.asarray(matrix)
         if spelling == "gemm":
             operands = [x, self.const(matrix.T)] + ([] if offset is None else [self.const(offset)])
@@ -57,11 +60,13 @@ class Net:
         return Model(ir.from_proto(proto))
 
 
-def mlp(widths: list[int], activation: str = "Relu", *, slopes=None, spelling: str = "gemm", seed: int = 0) -> Model:
+def mlp(
+    widths: list[int], activation: str = "Relu", *, slopes=None, spelling: str = "gemm", seed: int = 0
+) -> Model:
     """A chain of dense layers x -> y with an activation between each two."""
     net = Net(seed)
     value = "x"
-    for index, (d_in, d_out) in enumerate(zip(widths, widths[1:])):
+    for index, (d_in, d_out) in enumerate(pairwise(widths)):
         last = index == len(widths) - 2
         value = net.dense(value, d_in, d_out, spelling=spelling, name="y" if last else None)
         if not last:
@@ -75,7 +80,9 @@ def rows(samples: int, width: int, seed: int = 1, *, rank: int | None = None) ->
     random = np.random.default_rng(seed)
     if rank is None:
         return random.normal(size=(samples, width)).astype(np.float32)
-    return (random.normal(size=(samples, rank)) @ random.normal(size=(rank, width)) / rank**0.5).astype(np.float32)
+    return (random.normal(size=(samples, rank)) @ random.normal(size=(rank, width)) / rank**0.5).astype(
+        np.float32
+    )
 
 
 def data_for(model: Model, array: np.ndarray, seed: int = 0):

@@ -18,12 +18,12 @@ from onnxcollapse.model.model import Model, Signature
 
 logger = logging.getLogger(__name__)
 
-BATCH, LONG_BATCH = 32, 8
+BATCH, LONG_BATCH, VECTOR_BATCH = 32, 8, 512
 BATCH_ELEMENTS = 1 << 22
 """No input has more elements in a batch: 27 images of 3 x 224 x 224."""
 
 LONG = 64
-"""Sequences longer than this come in LONG_BATCH samples a batch."""
+"""Sequences longer than this come in LONG_BATCH samples a batch, plain vectors in VECTOR_BATCH."""
 
 DataPart = Literal["fit", "heldout", "all"]
 
@@ -166,8 +166,10 @@ class Dataset:
         sample = self._slice(unit)
         kinds = {"i": 2, "u": 2, "f": 3}
         long = any(a.ndim == kinds.get(a.dtype.kind) and a.shape[1] > LONG for a in sample.values())
+        vectors = all(array.ndim <= 2 and array.dtype.kind == "f" for array in sample.values())
         elements = max(array.size for array in sample.values()) // unit.rows
-        return max(min(LONG_BATCH if long else BATCH, BATCH_ELEMENTS // max(elements, 1)), 1)
+        most = LONG_BATCH if long else VECTOR_BATCH if vectors else BATCH
+        return max(min(most, BATCH_ELEMENTS // max(elements, 1)), 1)
 
     def _select(self, part: DataPart, limit: int | None) -> list[_Unit]:
         if part != "all" and len(self._units) < 2:

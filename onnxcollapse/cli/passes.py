@@ -26,7 +26,7 @@ def passes(as_json: bool) -> None:
         except OptionError as error:
             broken.append((name, "", str(error), "", ""))
             continue
-        exact = "exact" if kind.exact.fget is not None and _is_exact(kind) else "lossy"
+        exact = "exact" if _is_exact(kind) else "lossy"
         summary = (inspect.getdoc(kind) or "").split("\n")[0]
         rows += [(name, exact, summary, *option) for option in describe_options(kind) or [("", "", "")]]
     if as_json:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnxcollapse.calibration.statistics import Statistics
 from onnxcollapse.errors import OptionError
 from onnxcollapse.interop.restore import restore
-from onnxcollapse.model import Model, skeleton, weights
+from onnxcollapse.model import Model, skeleton, walk, weights
 from onnxcollapse.rewriting import Decline, GraphSite, Pass, Proposal
 
 logger = logging.getLogger(__name__)
@@ -53,16 +53,16 @@ class GraphSurgeonPass(Pass):
         """As the user promises."""
         return self.keeps_function
 
-    def sites(self, model: Model) -> Iterator[GraphSite | Decline]:  # noqa: ARG002
+    def sites(self, model: Model) -> Iterator[GraphSite | Decline]:
         """Offers the whole graph; fails early when there is no such script or function."""
         _load(self.script, self.function)
         yield GraphSite()
 
-    def propose(self, site: GraphSite, statistics: Statistics | None) -> Iterable[Proposal | Decline]:  # noqa: ARG002
+    def propose(self, site: GraphSite, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Proposes to run the script; what it does is known only once it has run."""
         yield Proposal(site.name, detail=f"edited by {Path(self.script).name}:{self.function}")
 
-    def rewrite(self, model: Model, site: GraphSite, proposal: Proposal) -> None:  # noqa: ARG002
+    def rewrite(self, model: Model, site: GraphSite, proposal: Proposal) -> None:
         """Takes the graph over, lets the script edit it, and brings it back.
 
         Raises:
@@ -122,7 +122,7 @@ class _Passage:
             raise TypeError(f"the function returned a {type(graph).__name__}, not a gs.Graph or None")
         proto = self._gs.export_onnx(graph)
         made = ir.from_proto(proto)
-        skeleton.walk.map_tensors(made, self._reattach)
+        walk.map_tensors(made, self._reattach)
         restore(self._original, made, before=self._untouched, after=proto)
         return made
 

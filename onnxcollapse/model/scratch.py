@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +30,8 @@ class _Spill(Source):
     Its whole capacity is set aside at once as a hole, so that one mapping serves all tensors written later.
     """
 
+    _file: Any  # always open, unlike that of a Source
+
     def __init__(self, capacity: int) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by Source when it is dropped)
         self._file.truncate(capacity)
@@ -46,19 +49,19 @@ class _Spill(Source):
 
     def append(self, array: np.ndarray) -> int:
         """Writes an array behind the others; returns its offset."""
-        assert self._file is not None
-        offset = self._end
+        offset, file = self._end, self._file
         with self._lock:
-            self._file.seek(offset)
-            view = memoryview(array.reshape(-1).view(np.uint8))
+            file.seek(offset)
+            view = memoryview(array.reshape(-1).view(np.uint8).data)
             while view:
-                view = view[self._file.write(view) :]
+                view = view[file.write(view) :]
         self._end = -(-(offset + array.nbytes) // _ALIGNMENT) * _ALIGNMENT
         return offset
 
 
 _lock = threading.Lock()
-_current: _Spill | None = None
+_spills: list[_Spill] = []
+"""The file that is being filled, if there is one; full ones live on in their tensors."""
 
 
 def hold(array: np.ndarray, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
@@ -82,12 +85,12 @@ def hold(array: np.ndarray, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
 
 
 def _spilled(array: np.ndarray, dtype: ir.DataType, name: str) -> FileTensor:
-    global _current
     with _lock:
-        if _current is None or not _current.room(array.nbytes):
-            _current = _Spill(max(_CAPACITY, array.nbytes))
-        offset = _current.append(array)
+        if not _spills or not _spills[0].room(array.nbytes):
+            _spills[:] = [_Spill(max(_CAPACITY, array.nbytes))]
+        spill = _spills[0]
+        offset = spill.append(array)
         like = ir.ExternalTensor(
             "scratch", offset, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name
         )
-        return FileTensor(_current, like)
+        return FileTensor(spill, like)

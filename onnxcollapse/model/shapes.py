@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from onnxcollapse.model.model import Model
 
 # What shapes are computed with; asked of values whose type the model does not say.
-_SHAPE_OPERATORS = frozenset(
-    ["Shape", "Size", "Constant", "ConstantOfShape", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast"]
-    + ["Add", "Sub", "Mul", "Div", "Neg", "Max", "Min", "Range", "Expand", "Reshape", "Where", "Equal"]
-    + ["Identity", "ReduceProd"]
-)
+_SHAPE_OPERATORS = frozenset({
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity",
+    "Max", "Min", "Mul", "Neg", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub",
+    "Unsqueeze", "Where",
+})  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

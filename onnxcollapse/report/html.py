@@ -42,14 +42,24 @@ def render(result: Result, summary: dict[str, Any]) -> str:
         _sizes(summary),
         "<h2>Rewritten</h2>",
         _table(
-            ("pass", "site", "what was done", "params saved", "predicted error", "alone at outputs", "error after"),
+            (
+                "pass",
+                "site",
+                "what was done",
+                "params saved",
+                "predicted error",
+                "alone at outputs",
+                "error after",
+            ),
             (
                 (e.pass_name, e.site, e.reason, e.saving.params, e.predicted_error, e.impact, e.error)
                 for e in result.journal.of("kept")
             ),
         ),
         "<h2>Left as it was</h2>",
-        _table(("pass", "site", "outcome", "why", "predicted error", "alone at outputs"), map(_left_row, left)),
+        _table(
+            ("pass", "site", "outcome", "why", "predicted error", "alone at outputs"), map(_left_row, left)
+        ),
         "<h2>The run</h2>",
         _table(("fact", "value"), [(key, str(value)) for key, value in facts.items()]),
     ]
@@ -91,7 +101,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     made = ["<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows]
     if not made:
         return "<p>Nothing.</p>"
-    return "<table><tr>" + "".join(f"<th>{_text(c)}" for c in columns) + "</tr>" + "\n".join(made) + "</table>"
+    return (
+        "<table><tr>" + "".join(f"<th>{_text(c)}" for c in columns) + "</tr>" + "\n".join(made) + "</table>"
+    )
 
 
 def _cell(value: object) -> str:

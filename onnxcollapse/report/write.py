@@ -29,4 +29,6 @@ def write_report(result: Result, summary: dict[str, Any], folder: Path) -> None:
         (folder / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         (folder / "report.html").write_text(render(result, summary), encoding="utf-8")
     except OSError as error:
-        raise OptionError(f"report folder '{folder}' cannot be written: {error.strerror}; choose another") from error
+        raise OptionError(
+            f"report folder '{folder}' cannot be written: {error.strerror}; choose another"
+        ) from error

@@ -32,13 +32,17 @@ class Target:
         """
         measure, _, share = text.partition("=")
         if measure not in MEASURES:
-            raise OptionError(f"target '{text}': '{measure}' is no measure; use {', '.join(MEASURES)}, as in params=0.75")
+            raise OptionError(
+                f"target '{text}': '{measure}' is no measure; use {', '.join(MEASURES)}, as in params=0.75"
+            )
         try:
             value = float(share)
         except ValueError:
             value = math.nan
         if not 0.0 < value < 1.0:
-            raise OptionError(f"target '{text}': the share to keep must lie between 0 and 1, as in {measure}=0.75")
+            raise OptionError(
+                f"target '{text}': the share to keep must lie between 0 and 1, as in {measure}=0.75"
+            )
         return cls(measure, value)
 
     def __str__(self) -> str:
@@ -63,7 +67,9 @@ class Budget:
         if self.error is None and self.target is None:
             raise OptionError("a budget needs an error, a target, or both")
         if self.error is not None and not (self.error >= 0.0 and math.isfinite(self.error)):
-            raise OptionError(f"budget {self.error}: the largest error accepted must be a number of 0 or more")
+            raise OptionError(
+                f"budget {self.error}: the largest error accepted must be a number of 0 or more"
+            )
 
     @property
     def cap(self) -> float:

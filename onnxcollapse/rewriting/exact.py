@@ -76,7 +76,8 @@ class ExactStage:
     def _settle(self, *, verify: bool) -> bool:
         changed = False
         for _ in range(MAX_ROUNDS):
-            if not any([self._run_pass(item, verify) for item in self._passes if self._has_work(item)]):
+            kept = [self._run_pass(item, verify) for item in self._passes if self._has_work(item)]
+            if not any(kept):
                 break
             changed = True
         return changed

@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, Statistics, collect
 from onnxcollapse.calibration.statistics import Request
@@ -34,6 +36,20 @@ PRICE_SAMPLES = 64
 rows, and the measurement only orders candidates and leaves out hopeless ones."""
 
 MAX_ROUNDS = 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Place:
+    """A site of a pass, where in the graph it begins, and the names of its nodes."""
+
+    maker: Pass
+    site: Site
+    position: int
+    nodes: frozenset[str]
+
+    @property
+    def key(self) -> tuple[str, str, frozenset[str]]:
+        return self.maker.describe(), self.site.name, self.nodes
 
 
 class LossyStage:
@@ -76,13 +92,14 @@ class LossyStage:
         self._reference = model.clone()
         self._whole = extent(original, self._shapes)
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
+        self._closed: set[tuple[str, str, frozenset[str]]] = set()
         self.error = verifier.error(model)
         self.changed = False
 
     def run(self) -> None:
-        """Runs rounds until one keeps nothing or the target is reached."""
+        """Runs rounds until none can keep more or the target is reached."""
         for number in range(MAX_ROUNDS):
-            if self._passes and self._missing() > 0 and not self._round(number):
+            if not self._passes or self._missing() <= 0 or not self._round(number):
                 break
 
     def _missing(self) -> float:
@@ -101,20 +118,23 @@ class LossyStage:
     # One round
 
     def _round(self, number: int) -> bool:
+        """Prices, chooses and applies; returns whether another round has something new to look at."""
         start = self._model.clone()
-        fresh = [item for item in self._candidates(start) if (item.key, item.nodes) not in self._refused]
+        priced = self._price(start, self._candidates(start), number)
         measure = self._budget.target.measure if self._budget.target else "params"
-        queue = ranked(self._price(start, fresh, number), measure)
+        queue = ranked(priced, measure)
         kept: list[Candidate] = []
 
         def attempt(group: Sequence[Candidate]) -> bool:
             return self._attempt(start, kept, group)
 
+        refused = len(self._refused)
         for group in self._groups(queue, measure):
             admit(group, attempt, self._roll_back)
             if self._missing() <= 0:
                 break
-        return bool(kept)
+        passed_over = len(queue) < len(priced)  # excluded by others, some of which may have failed
+        return bool(kept) or (passed_over and len(self._refused) > refused)
 
     def _groups(self, queue: list[Candidate], measure: str) -> Iterable[list[Candidate]]:
         """Splits the queue: first what should do, then the rest one by one, in case there is room left."""
@@ -129,28 +149,36 @@ class LossyStage:
     def _candidates(self, model: Model) -> list[Candidate]:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
         order = {node: index for index, node in enumerate(model.graph)}
-        places: list[tuple[Pass, Site]] = []
-        for item in self._passes:
-            if item.on_request and any(entry.pass_name == item.describe() for entry in self._journal):
-                continue  # applied or refused already, and meant to run once
-            for site in item.sites(model):
-                if isinstance(site, Decline):
-                    self._decline(item, site)
-                else:
-                    places.append((item, site))
-        requests = [request for item, site in places for request in item.requests(site)]
+        places = [place for item in self._passes for place in self._places(item, model, order)]
+        requests = [request for place in places for request in place.maker.requests(place.site)]
         statistics = self._collect(model, requests, self._reference if self.changed else None)
         found = []
-        for item, site in places:
-            nodes = [node for node in site.nodes if node in order]
-            position = min((order[node] for node in nodes), default=0)
-            names = frozenset(node.name or str(order[node]) for node in nodes)
-            for offer in item.propose(site, statistics):
+        for place in places:
+            offers = []
+            for offer in place.maker.propose(place.site, statistics):
                 if isinstance(offer, Decline):
-                    self._decline(item, offer)
+                    self._decline(place.maker, offer)
                 else:
-                    found.append(Candidate(item, offer, position, names))
+                    offers.append(Candidate(place.maker, offer, place.position, place.nodes))
+            open_offers = [item for item in offers if (item.key, item.nodes) not in self._refused]
+            if not open_offers:
+                self._closed.add(place.key)
+            found += open_offers
         return found
+
+    def _places(self, item: Pass, model: Model, order: dict[ir.Node, int]) -> Iterator[_Place]:
+        """Finds a pass's sites but for those that were refused already and have not changed since."""
+        if item.on_request and any(entry.pass_name == item.describe() for entry in self._journal):
+            return  # applied or refused already, and meant to run once
+        for site in item.sites(model):
+            if isinstance(site, Decline):
+                self._decline(item, site)
+                continue
+            nodes = [node for node in site.nodes if node in order]
+            names = frozenset(node.name or str(order[node]) for node in nodes)
+            place = _Place(item, site, min((order[node] for node in nodes), default=0), names)
+            if place.key not in self._closed:
+                yield place
 
     def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:
         """Applies each candidate alone and measures what it saves and what it costs at the outputs."""
@@ -179,7 +207,11 @@ class LossyStage:
         if not math.isfinite(impact):
             return "the outputs are no numbers any more", saving, impact
         if impact > self._budget.cap:
-            return f"alone it moves the outputs by {impact:.4g}, over the budget of {self._budget.cap:g}", saving, impact
+            return (
+                f"alone it moves the outputs by {impact:.4g}, over the budget of {self._budget.cap:g}",
+                saving,
+                impact,
+            )
         return None, saving, impact
 
     @staticmethod
@@ -249,7 +281,9 @@ class LossyStage:
 
     # What goes to others
 
-    def _collect(self, model: Model, requests: Sequence[Request], reference: Model | None) -> Statistics | None:
+    def _collect(
+        self, model: Model, requests: Sequence[Request], reference: Model | None
+    ) -> Statistics | None:
         if not requests:
             return None
         with self._progress.task("statistics", 0) as task:

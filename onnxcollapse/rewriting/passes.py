@@ -42,7 +42,7 @@ class Pass(abc.ABC):
     def sites(self, model: Model) -> Iterable[Site | Decline]:
         """Finds the places this pass could rewrite, in graph order, by structure alone."""
 
-    def requests(self, site: Any) -> Sequence[Request]:  # noqa: ARG002
+    def requests(self, site: Any) -> Sequence[Request]:
         """Names the statistics that `propose` needs for a site."""
         return ()
 
@@ -63,7 +63,9 @@ class Pass(abc.ABC):
         found = {site.name: site for site in self.sites(model) if not isinstance(site, Decline)}
         for proposal in proposals:
             if proposal.site not in found:
-                raise ModelError(f"{self.name}: site '{proposal.site}' is gone; an earlier rewrite consumed it")
+                raise ModelError(
+                    f"{self.name}: site '{proposal.site}' is gone; an earlier rewrite consumed it"
+                )
             self.rewrite(model, found[proposal.site], proposal)
 
     def describe(self) -> str:
@@ -148,10 +150,14 @@ def build(pass_type: type[Pass], options: Mapping[str, str]) -> Pass:
                 f"pass '{pass_type.name}': option '{option}' is '{text}', but takes {_expected(kinds[field])}"
             ) from None
     missing = [
-        f.name for f in dataclasses.fields(pass_type) if f.default is dataclasses.MISSING and f.name not in values
+        f.name
+        for f in dataclasses.fields(pass_type)
+        if f.default is dataclasses.MISSING and f.name not in values
     ]
     if missing:
-        raise OptionError(f"pass '{pass_type.name}' needs the option '{missing[0]}': {pass_type.name}:{missing[0]}=...")
+        raise OptionError(
+            f"pass '{pass_type.name}' needs the option '{missing[0]}': {pass_type.name}:{missing[0]}=..."
+        )
     try:
         return pass_type(**values)
     except ValueError as error:

@@ -90,7 +90,12 @@ class Result:
                 for entry in self.journal.of("kept")
             ],
             "declined": [
-                {"pass": entry.pass_name, "site": entry.site, "variant": entry.variant, "reason": entry.reason}
+                {
+                    "pass": entry.pass_name,
+                    "site": entry.site,
+                    "variant": entry.variant,
+                    "reason": entry.reason,
+                }
                 for entry in self.journal
                 if entry.outcome != "kept"
             ],
@@ -114,7 +119,9 @@ def _exactness(
     return (verifier if verifier.metric == "rel-l2" else Verifier(model, data, "rel-l2", provider)).error
 
 
-def _journal_for(model: Model, data: Dataset | None, budget: Budget, passes: Sequence[Pass], seed: int) -> Journal:
+def _journal_for(
+    model: Model, data: Dataset | None, budget: Budget, passes: Sequence[Pass], seed: int
+) -> Journal:
     journal = Journal()
     journal.facts = {
         "model": model.path.name if model.path else None,
@@ -176,7 +183,9 @@ def optimize(
     elif lossy:
         for item in lossy:
             journal.add(Entry("declined", item.describe(), "graph", reason=NEEDS_DATA))
-        notes.append("exact rewrites only: --calib DATA would let " + ", ".join(i.name for i in lossy) + " run too")
+        notes.append(
+            "exact rewrites only: --calib DATA would let " + ", ".join(i.name for i in lossy) + " run too"
+        )
     error = verifier.error(work) if verifier is not None else None
     shapes = data.shapes() if data is not None else None
     if data is not None and not data.evidence:

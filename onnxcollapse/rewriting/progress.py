@@ -30,6 +30,6 @@ class Task:
 class Progress:
     """Makes tasks; the base class makes silent ones."""
 
-    def task(self, description: str, total: int) -> Task:  # noqa: ARG002
+    def task(self, description: str, total: int) -> Task:
         """Begins a stretch of work; `total` is 0 while unknown."""
         return Task()

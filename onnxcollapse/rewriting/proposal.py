@@ -17,10 +17,12 @@ class Site(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the tensor that the site produces."""
 
     @property
-    def nodes(self) -> Iterable[ir.Node]: ...
+    def nodes(self) -> Iterable[ir.Node]:
+        """The nodes that a rewrite takes away; sites that share one exclude each other."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Proposal, Saving
@@ -26,7 +26,7 @@ class Candidate:
     proposal: Proposal
     position: int
     nodes: frozenset[str]
-    saving: Saving = Saving()
+    saving: Saving = field(default_factory=Saving)
     impact: float = 0.0
 
     @property

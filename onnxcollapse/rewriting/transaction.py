@@ -50,6 +50,6 @@ class Transaction:
 
 
 def extent(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Saving:
-    """Measures a model in everything that can be saved; FLOPs at the given input shapes, dynamic dimensions 1 otherwise."""
+    """Measures all that can be saved; FLOPs at the given input shapes, with dynamic dimensions 1 otherwise."""
     whole = size(model)
     return Saving(whole.params, whole.bytes, flops(model, shapes=shapes), whole.nodes)

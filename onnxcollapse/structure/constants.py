@@ -7,11 +7,15 @@ A graph input with a default initializer is not a constant: the caller may overr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from onnxcollapse.model import weights
+
+from onnxcollapse.model import weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,6 +37,7 @@ class Folded:
         root: The initializer or `Constant` output the values come from; None for a `ConstantOfShape`.
         storage: Element type of the root as stored (int8 behind a `Cast` shows here).
         load: Computes the values; nothing is kept.
+        tensor: The root's tensor.
     """
 
     dtype: ir.DataType
@@ -40,11 +45,25 @@ class Folded:
     root: ir.Value | None
     storage: ir.DataType
     load: Callable[[], Array]
+    tensor: ir.TensorProtocol | None = None
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+    def wide(self) -> Array:
+        """A float64 copy of the values; the mapping that they were read through is dropped."""
+        copy = self.load().astype(np.float64)
+        if self.tensor is not None:
+            weights.release(self.tensor)
+        return copy
+
+    def derived(
+        self, shape: tuple[int, ...], load: Callable[[], Array], dtype: ir.DataType | None = None
+    ) -> Folded:
+        """Another expression of the same root."""
+        return replace(self, dtype=dtype or self.dtype, shape=shape, load=load)
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -138,7 +157,7 @@ def readers(root: ir.Value) -> Iterator[ir.Node]:
 
 def _leaf(value: ir.Value, tensor: ir.TensorProtocol) -> Folded:
     shape = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
-    return Folded(tensor.dtype, shape, value, tensor.dtype, tensor.numpy)
+    return Folded(tensor.dtype, shape, value, tensor.dtype, lambda: weights.array(tensor), tensor)
 
 
 def _constant_node(node: ir.Node) -> ir.TensorProtocol | None:
@@ -170,7 +189,7 @@ def _integers(node: ir.Node, index: int, name: str = "axes") -> list[int] | None
 def _reshaped(inner: Folded, shape: tuple[int, ...]) -> Folded | None:
     if int(np.prod(shape, dtype=np.int64)) != inner.size:
         return None
-    return Folded(inner.dtype, shape, inner.root, inner.storage, lambda: inner.load().reshape(shape))
+    return inner.derived(shape, lambda: inner.load().reshape(shape))
 
 
 def _fold_cast(node: ir.Node) -> Folded | None:
@@ -182,7 +201,7 @@ def _fold_cast(node: ir.Node) -> Folded | None:
     if dtype.is_string() or inner.dtype.is_string() or dtype in _SUBBYTE_OR_FP8:
         return None  # text, and casts that saturate or round in ways the runtime decides
     target = dtype.numpy()
-    return Folded(dtype, inner.shape, inner.root, inner.storage, lambda: inner.load().astype(target))
+    return inner.derived(inner.shape, lambda: inner.load().astype(target), dtype)
 
 
 def _fold_transpose(node: ir.Node) -> Folded | None:
@@ -191,7 +210,7 @@ def _fold_transpose(node: ir.Node) -> Folded | None:
         return None
     perm = tuple(attribute(node, "perm") or reversed(range(len(inner.shape))))
     shape = tuple(inner.shape[axis] for axis in perm)
-    return Folded(inner.dtype, shape, inner.root, inner.storage, lambda: inner.load().transpose(perm))
+    return inner.derived(shape, lambda: inner.load().transpose(perm))
 
 
 def _fold_reshape(node: ir.Node) -> Folded | None:
@@ -255,7 +274,7 @@ def _fold_expand(node: ir.Node) -> Folded | None:
         shape = np.broadcast_shapes(inner.shape, tuple(target))
     except ValueError:
         return None
-    return Folded(inner.dtype, shape, inner.root, inner.storage, lambda: np.broadcast_to(inner.load(), shape))
+    return inner.derived(shape, lambda: np.broadcast_to(inner.load(), shape))
 
 
 def _fold_constant_of_shape(node: ir.Node) -> Folded | None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcollapse.errors import ModelError
 from onnxcollapse.structure.channels import lies_along, rank
-from onnxcollapse.structure.constants import Array, Folded, attribute, constant_array, folded, is_op
+from onnxcollapse.structure.constants import Array, Folded, attribute, folded, is_op
 from onnxcollapse.structure.operands import (
     FLOATING,
     check_bias,
@@ -87,27 +87,25 @@ class Linear:
 
     def matrix(self) -> Array:
         """Matrix W [in, out] in float64, `Gemm`'s alpha folded in; computed anew at each call."""
-        array = self._array(self.weight)
-        flat = array.reshape(array.shape[0], -1) if self.kind == "conv" else array
-        wide = flat.astype(np.float64)
-        wide *= _factor(self, "alpha")
-        return wide.T if self.transposed else wide
+        wide = self._wide(self.weight)
+        flat = wide.reshape(wide.shape[0], -1) if self.kind == "conv" else wide
+        flat *= _factor(self, "alpha")
+        return flat.T if self.transposed else flat
 
     def offset(self) -> Array:
         """Offset b [out] in float64, zeros without a bias, `Gemm`'s beta folded in."""
         if self.bias is None:
             return np.zeros(self.out_features)
-        array = self._array(self.bias)
         beta = 1.0 if self.bias_node is not None else _factor(self, "beta")
-        return np.array(np.broadcast_to(array.reshape(-1).astype(np.float64) * beta, self.out_features))
+        return np.array(np.broadcast_to(self._wide(self.bias).reshape(-1) * beta, self.out_features))
 
-    def _array(self, value: ir.Value) -> Array:
-        array = constant_array(value)
-        if array is None:
+    def _wide(self, value: ir.Value) -> Array:
+        known = folded(value)
+        if known is None:
             raise ModelError(
                 f"{self.name}: {value.name} is no longer a constant; search the graph again after an edit"
             )
-        return array
+        return known.wide()
 
 
 def linears(graph: ir.Graph) -> list[Linear]:

@@ -58,11 +58,11 @@ def check_pointwise_conv(node: ir.Node, shape: tuple[int, ...]) -> None:
     if any(size != 1 for size in kernel):
         raise RefusedError(f"kernel is {'x'.join(map(str, kernel))}, not 1x1", candidate=False)
     if attribute(node, "group", 1) != 1:
-        raise RefusedError(f"Conv has {attribute(node, 'group')} groups")
+        raise RefusedError(f"Conv has {attribute(node, 'group')} groups", candidate=False)
     if any(stride != 1 for stride in attribute(node, "strides", ())):
-        raise RefusedError(f"Conv has strides {list(attribute(node, 'strides'))}")
+        raise RefusedError(f"Conv has strides {list(attribute(node, 'strides'))}", candidate=False)
     if any(attribute(node, "pads", ())):
-        raise RefusedError(f"Conv pads by {list(attribute(node, 'pads'))}")
+        raise RefusedError(f"Conv pads by {list(attribute(node, 'pads'))}", candidate=False)
 
 
 def check_bias(node: ir.Node, bias_rank: int, channels: int) -> ir.Value | None:

@@ -252,7 +252,7 @@ def test_only_the_prefix_runs(build):
 
 def test_graph_inputs_can_be_probed_and_progress_is_told(mlp):
     model, told = mlp(), []
-    data = open_data({"x": X}, model)
+    data = open_data({"x": X}, model, batch_size=32)
     collect(model, [Moments(Ref("x"))], data, provider="cpu", progress=lambda *step: told.append(step))
     assert told == [(32, 100), (64, 100), (75, 100), (100, 100)]
 

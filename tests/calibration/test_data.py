@@ -52,7 +52,7 @@ def test_batch_sizes(mlp, encoder):
     def sizes(data):
         return [len(next(iter(batch.values()))) for batch in data.batches("all")]
 
-    assert sizes(open_data({"x": X}, mlp())) == [32, 32, 32, 4]
+    assert sizes(open_data({"x": np.tile(X, (6, 1))}, mlp())) == [512, 88]
     assert sizes(open_data({"x": X}, mlp(), batch_size=70)) == [70, 30]
     ids = np.ones((20, 65), np.int64)
     assert sizes(open_data({"input_ids": ids}, encoder())) == [8, 8, 4]
@@ -95,7 +95,7 @@ def test_a_limit_draws_from_the_whole_part(mlp):
 def test_batches_can_be_asked_for_again(mlp):
     data = open_data({"x": X}, mlp())
     np.testing.assert_array_equal(first_column(data, "fit"), first_column(data, "fit"))
-    assert data.shapes() == {"x": (32, 20)}
+    assert data.shapes() == {"x": (100, 20)}
     assert data.evidence
 
 

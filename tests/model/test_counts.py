@@ -87,48 +87,168 @@ node = helper.make_node
 MS = "com.microsoft"
 CASES = {
     "matmul": (one(node("MatMul", ["x", "w"], ["y"]), {"w": (5, 7)}, {"x": [2, 3, 5]}), 2 * 6 * 35),
-    "matmul, weight left": (one(node("MatMul", ["w", "x"], ["y"]), {"w": (5, 7)}, {"x": [2, 7, 3]}), 2 * 2 * 5 * 7 * 3),
-    "matmul, batched": (one(node("MatMul", ["a", "b"], ["y"]), {}, {"a": [2, 1, 3, 5], "b": [4, 5, 6]}), 2 * 8 * 3 * 5 * 6),
+    "matmul, weight left": (
+        one(node("MatMul", ["w", "x"], ["y"]), {"w": (5, 7)}, {"x": [2, 7, 3]}),
+        2 * 2 * 5 * 7 * 3,
+    ),
+    "matmul, batched": (
+        one(node("MatMul", ["a", "b"], ["y"]), {}, {"a": [2, 1, 3, 5], "b": [4, 5, 6]}),
+        2 * 8 * 3 * 5 * 6,
+    ),
     "matmul, vectors": (one(node("MatMul", ["a", "b"], ["y"]), {}, {"a": [5], "b": [5, 6]}), 2 * 30),
-    "gemm": (one(node("Gemm", ["x", "w", "b"], ["y"], transB=1, transA=1), {"w": (7, 5), "b": (7,)}, {"x": [5, 3]}), 2 * 3 * 35),
-    "conv": (one(node("Conv", ["x", "w"], ["y"], strides=[2, 2], pads=[1, 1, 1, 1]), {"w": (8, 3, 3, 3)}, {"x": [2, 3, 16, 16]}),
-             2 * 2 * 8 * 8 * 8 * 27),
-    "conv, grouped": (one(node("Conv", ["x", "w"], ["y"], group=8), {"w": (8, 1, 3)}, {"x": [1, 8, 12]}), 2 * 8 * 10 * 3),
-    "conv transposed": (one(node("ConvTranspose", ["x", "w"], ["y"], strides=[2]), {"w": (4, 6, 3)}, {"x": [2, 4, 10]}),
-                        2 * 2 * 4 * 10 * 6 * 3),
-    "lstm": (one(node("LSTM", ["x", "w", "r"], ["y"], hidden_size=6, direction="bidirectional"),
-                 {"w": (2, 24, 5), "r": (2, 24, 6)}, {"x": [7, 3, 5]}), 2 * 21 * 2 * 24 * 11),
-    "gru": (one(node("GRU", ["x", "w", "r"], ["y"], hidden_size=6), {"w": (1, 18, 5), "r": (1, 18, 6)}, {"x": [7, 3, 5]}),
-            2 * 21 * 18 * 11),
-    "einsum": (one(node("Einsum", ["a", "b"], ["y"], equation="bhid, bhjd -> bhij"), {}, {"a": [2, 3, 4, 5], "b": [2, 3, 6, 5]}),
-               2 * 2 * 3 * 4 * 6 * 5),
-    "einsum, dots": (one(node("Einsum", ["a", "b"], ["y"], equation="...ij,jk"), {}, {"a": [2, 3, 4, 5], "b": [5, 6]}),
-                     2 * 2 * 3 * 4 * 5 * 6),
+    "gemm": (
+        one(
+            node("Gemm", ["x", "w", "b"], ["y"], transB=1, transA=1), {"w": (7, 5), "b": (7,)}, {"x": [5, 3]}
+        ),
+        2 * 3 * 35,
+    ),
+    "conv": (
+        one(
+            node("Conv", ["x", "w"], ["y"], strides=[2, 2], pads=[1, 1, 1, 1]),
+            {"w": (8, 3, 3, 3)},
+            {"x": [2, 3, 16, 16]},
+        ),
+        2 * 2 * 8 * 8 * 8 * 27,
+    ),
+    "conv, grouped": (
+        one(node("Conv", ["x", "w"], ["y"], group=8), {"w": (8, 1, 3)}, {"x": [1, 8, 12]}),
+        2 * 8 * 10 * 3,
+    ),
+    "conv transposed": (
+        one(node("ConvTranspose", ["x", "w"], ["y"], strides=[2]), {"w": (4, 6, 3)}, {"x": [2, 4, 10]}),
+        2 * 2 * 4 * 10 * 6 * 3,
+    ),
+    "lstm": (
+        one(
+            node("LSTM", ["x", "w", "r"], ["y"], hidden_size=6, direction="bidirectional"),
+            {"w": (2, 24, 5), "r": (2, 24, 6)},
+            {"x": [7, 3, 5]},
+        ),
+        2 * 21 * 2 * 24 * 11,
+    ),
+    "gru": (
+        one(
+            node("GRU", ["x", "w", "r"], ["y"], hidden_size=6),
+            {"w": (1, 18, 5), "r": (1, 18, 6)},
+            {"x": [7, 3, 5]},
+        ),
+        2 * 21 * 18 * 11,
+    ),
+    "einsum": (
+        one(
+            node("Einsum", ["a", "b"], ["y"], equation="bhid, bhjd -> bhij"),
+            {},
+            {"a": [2, 3, 4, 5], "b": [2, 3, 6, 5]},
+        ),
+        2 * 2 * 3 * 4 * 6 * 5,
+    ),
+    "einsum, dots": (
+        one(node("Einsum", ["a", "b"], ["y"], equation="...ij,jk"), {}, {"a": [2, 3, 4, 5], "b": [5, 6]}),
+        2 * 2 * 3 * 4 * 5 * 6,
+    ),
     "einsum of one": (one(node("Einsum", ["a"], ["y"], equation="ij->ji"), {}, {"a": [2, 3]}), 0),
-    "matmul integer": (one(node("MatMulInteger", ["a_uint8", "b_int8"], ["y"]), {"a_uint8": (3, 5), "b_int8": (5, 7)}), 2 * 3 * 35),
-    "qlinear matmul": (one(node("QLinearMatMul", ["a_uint8", "s", "z_uint8", "b_uint8", "s", "z_uint8", "s", "z_uint8"], ["y"]),
-                           {"a_uint8": (3, 5), "b_uint8": (5, 7), "s": (), "z_uint8": ()}), 2 * 3 * 35),
-    "qlinear conv": (one(node("QLinearConv", ["x_uint8", "s", "z_uint8", "w_uint8", "s", "z_uint8", "s", "z_uint8"], ["y"]),
-                         {"x_uint8": (1, 3, 8), "w_uint8": (4, 3, 3), "s": (), "z_uint8": ()}, kind=TensorProto.UINT8), 2 * 4 * 6 * 9),
-    "attention": (one(node("Attention", ["q", "k", "v"], ["y"]), {}, {"q": [2, 8, 5, 16], "k": [2, 4, 7, 16], "v": [2, 4, 7, 32]}, 23),
-                  2 * 2 * 8 * 5 * 7 * (16 + 32)),
-    "attention of rank 3": (one(node("Attention", ["q", "k", "v"], ["y"], q_num_heads=8, kv_num_heads=4), {},
-                                {"q": [2, 5, 128], "k": [2, 7, 64], "v": [2, 7, 128]}, 23), 2 * 2 * 8 * 5 * 7 * (16 + 32)),
-    "attention with a past": (one(node("Attention", ["q", "k", "v", "", "pk", "pv"], ["y", "y1", "y2"]), {},
-                                  {"q": [1, 2, 1, 4], "k": [1, 2, 1, 4], "v": [1, 2, 1, 4], "pk": [1, 2, 9, 4], "pv": [1, 2, 9, 4]},
-                                  23, 3), 2 * 2 * 10 * 8),
-    "fused attention": (one(node("Attention", ["x", "w", "b"], ["y"], domain=MS, num_heads=4), {"w": (16, 48), "b": (48,)},
-                            {"x": [2, 5, 16]}), 2 * 2 * 5 * 16 * 48 + 2 * 2 * 5 * 5 * 32),
-    "multi-head attention": (one(node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain=MS, num_heads=4), {},
-                                 {"q": [2, 5, 16], "k": [2, 7, 16], "v": [2, 7, 16]}), 2 * 2 * 5 * 7 * 32),
-    "grouped-query attention": (one(node("GroupQueryAttention", ["q", "k", "v", "pk", "pv"], ["y"], domain=MS, num_heads=8,
-                                         kv_num_heads=2), {}, {"q": [1, 3, 64], "k": [1, 3, 16], "v": [1, 3, 16],
-                                                               "pk": [1, 2, 7, 8], "pv": [1, 2, 7, 8]}), 2 * 3 * 10 * 128),
-    "packed grouped-query attention": (one(node("GroupQueryAttention", ["q"], ["y"], domain=MS, num_heads=8, kv_num_heads=2), {},
-                                           {"q": [1, 3, 96]}), 2 * 3 * 3 * 128),
-    "matmul of 4 bits": (one(node("MatMulNBits", ["x", "q_uint8", "s"], ["y"], domain=MS, K=32, N=64, bits=4, block_size=32),
-                             {"q_uint8": (64, 1, 16), "s": (64,)}, {"x": [2, 3, 32]}), 2 * 6 * 32 * 64),
-    "fused matmul": (one(node("FusedMatMul", ["x", "w"], ["y"], domain=MS, transB=1), {"w": (7, 5)}, {"x": [3, 5]}), 2 * 3 * 35),
+    "matmul integer": (
+        one(node("MatMulInteger", ["a_uint8", "b_int8"], ["y"]), {"a_uint8": (3, 5), "b_int8": (5, 7)}),
+        2 * 3 * 35,
+    ),
+    "qlinear matmul": (
+        one(
+            node(
+                "QLinearMatMul", ["a_uint8", "s", "z_uint8", "b_uint8", "s", "z_uint8", "s", "z_uint8"], ["y"]
+            ),
+            {"a_uint8": (3, 5), "b_uint8": (5, 7), "s": (), "z_uint8": ()},
+        ),
+        2 * 3 * 35,
+    ),
+    "qlinear conv": (
+        one(
+            node(
+                "QLinearConv", ["x_uint8", "s", "z_uint8", "w_uint8", "s", "z_uint8", "s", "z_uint8"], ["y"]
+            ),
+            {"x_uint8": (1, 3, 8), "w_uint8": (4, 3, 3), "s": (), "z_uint8": ()},
+            kind=TensorProto.UINT8,
+        ),
+        2 * 4 * 6 * 9,
+    ),
+    "attention": (
+        one(
+            node("Attention", ["q", "k", "v"], ["y"]),
+            {},
+            {"q": [2, 8, 5, 16], "k": [2, 4, 7, 16], "v": [2, 4, 7, 32]},
+            23,
+        ),
+        2 * 2 * 8 * 5 * 7 * (16 + 32),
+    ),
+    "attention of rank 3": (
+        one(
+            node("Attention", ["q", "k", "v"], ["y"], q_num_heads=8, kv_num_heads=4),
+            {},
+            {"q": [2, 5, 128], "k": [2, 7, 64], "v": [2, 7, 128]},
+            23,
+        ),
+        2 * 2 * 8 * 5 * 7 * (16 + 32),
+    ),
+    "attention with a past": (
+        one(
+            node("Attention", ["q", "k", "v", "", "pk", "pv"], ["y", "y1", "y2"]),
+            {},
+            {"q": [1, 2, 1, 4], "k": [1, 2, 1, 4], "v": [1, 2, 1, 4], "pk": [1, 2, 9, 4], "pv": [1, 2, 9, 4]},
+            23,
+            3,
+        ),
+        2 * 2 * 10 * 8,
+    ),
+    "fused attention": (
+        one(
+            node("Attention", ["x", "w", "b"], ["y"], domain=MS, num_heads=4),
+            {"w": (16, 48), "b": (48,)},
+            {"x": [2, 5, 16]},
+        ),
+        2 * 2 * 5 * 16 * 48 + 2 * 2 * 5 * 5 * 32,
+    ),
+    "multi-head attention": (
+        one(
+            node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain=MS, num_heads=4),
+            {},
+            {"q": [2, 5, 16], "k": [2, 7, 16], "v": [2, 7, 16]},
+        ),
+        2 * 2 * 5 * 7 * 32,
+    ),
+    "grouped-query attention": (
+        one(
+            node(
+                "GroupQueryAttention",
+                ["q", "k", "v", "pk", "pv"],
+                ["y"],
+                domain=MS,
+                num_heads=8,
+                kv_num_heads=2,
+            ),
+            {},
+            {"q": [1, 3, 64], "k": [1, 3, 16], "v": [1, 3, 16], "pk": [1, 2, 7, 8], "pv": [1, 2, 7, 8]},
+        ),
+        2 * 3 * 10 * 128,
+    ),
+    "packed grouped-query attention": (
+        one(
+            node("GroupQueryAttention", ["q"], ["y"], domain=MS, num_heads=8, kv_num_heads=2),
+            {},
+            {"q": [1, 3, 96]},
+        ),
+        2 * 3 * 3 * 128,
+    ),
+    "matmul of 4 bits": (
+        one(
+            node("MatMulNBits", ["x", "q_uint8", "s"], ["y"], domain=MS, K=32, N=64, bits=4, block_size=32),
+            {"q_uint8": (64, 1, 16), "s": (64,)},
+            {"x": [2, 3, 32]},
+        ),
+        2 * 6 * 32 * 64,
+    ),
+    "fused matmul": (
+        one(node("FusedMatMul", ["x", "w"], ["y"], domain=MS, transB=1), {"w": (7, 5)}, {"x": [3, 5]}),
+        2 * 3 * 35,
+    ),
     "elementwise": (one(node("Mul", ["x", "x"], ["y"]), {}, {"x": [100, 100]}), 0),
     "unknown": (one(node("Frobnicate", ["x"], ["y"], domain=MS), {}, {"x": [100, 100]}), 0),
 }
@@ -197,11 +317,11 @@ def test_stale_shapes_do_not_matter():
 
 def test_the_larger_branch_and_each_body_once():
     def branch(name, n):
-        return f"{name}_branch = {name} () => (float[2,2] o{n}) {{ {' '.join(f'm{n}{i} = MatMul(x, x)' for i in range(n))} o{n} = Identity(m{n}0) }}"  # noqa: E501
+        products = " ".join(f"m{n}{i} = MatMul(x, x)" for i in range(n))
+        return f"{name}_branch = {name} () => (float[2,2] o{n}) {{ {products} o{n} = Identity(m{n}0) }}"
 
-    model = load(
-        f"g (float[2,2] x, bool c) => (float[2,2] y) {{ y = If(c) < {branch('then', 1)}, {branch('else', 3)} > }}"
-    )
+    choice = f"y = If(c) < {branch('then', 1)}, {branch('else', 3)} >"
+    model = load(f"g (float[2,2] x, bool c) => (float[2,2] y) {{ {choice} }}")
     assert flops(model) == 3 * 16
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The edits that rewrites are made of: names stay unique, outputs stay what they were, captured uses are found."""
+"""The edits that rewrites are made of: names stay unique, outputs stay, captured uses are found."""
 
 from __future__ import annotations
 
@@ -251,8 +251,9 @@ def test_what_cannot_be_replaced():
 
 
 def test_a_shared_weight_stays_for_its_other_users():
-    model = parse("g (float[4,4] x) => (float[4,4] y) <float[4,4] w = {0}> { a = MatMul(x, w)  y = Add(a, w) }"
-                  .replace("{0}", "{" + ", ".join(map(str, range(16))) + "}"))  # fmt: skip
+    numbers = ", ".join(map(str, range(16)))
+    body = "a = MatMul(x, w)  y = Add(a, w)"
+    model = parse(f"g (float[4,4] x) => (float[4,4] y) <float[4,4] w = {{{numbers}}}> {{ {body} }}")
     w = model.graph.initializers["w"]
     twin = model.clone()
     new = add_initializer(model.graph, "w", 2 * w.const_value.numpy(), FLOAT)

@@ -24,7 +24,7 @@ def test_large_tensors_lie_on_disk_and_read_back(dtype):
 
 def test_more_than_one_file_is_used_when_one_is_full(monkeypatch):
     monkeypatch.setattr(scratch, "_CAPACITY", 1 << 17)
-    monkeypatch.setattr(scratch, "_current", None)
+    monkeypatch.setattr(scratch, "_spills", [])
     held = [scratch.hold(np.full(20_000, i, np.float32), ir.DataType.FLOAT, "t") for i in range(4)]
     assert len({id(tensor.source) for tensor in held}) > 1
     for index, tensor in enumerate(held):
@@ -36,7 +36,7 @@ def test_without_room_they_stay_in_memory(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scratch, "_Spill", full)
-    monkeypatch.setattr(scratch, "_current", None)
+    monkeypatch.setattr(scratch, "_spills", [])
     tensor = scratch.hold(np.ones(40_000, np.float32), ir.DataType.FLOAT, "t")
     assert not isinstance(tensor, FileTensor)
     with pytest.raises(ValueError, match="read-only"):

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import gc
-import os
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -31,11 +32,15 @@ def filed(tmp_path):
         graph = helper.make_graph(
             [helper.make_node("Relu", ["x"], ["y"])], "g", infos[:1], infos[1:], tensors
         )
-        path = tmp_path / f"{len(os.listdir(tmp_path))}.onnx"
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.onnx"
         path.write_bytes(helper.make_model(graph).SerializeToString())
         return [value.const_value for value in Model.load(path).graph.initializers.values()]
 
     return put
+
+
+def _open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def memory(array):
@@ -137,11 +142,11 @@ def test_views_stay_valid_after_release(filed):
     weights.release(memory(array))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")  # noqa: PTH110
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_release_lets_pages_go(filed):
     def resident():
-        with open("/proc/self/status") as file:  # noqa: PTH123
-            return next(int(line.split()[1]) for line in file if line.startswith("RssFile"))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
 
     [tensor] = filed(np.ones((2000, 4000), np.float32))
     before = resident()
@@ -151,15 +156,16 @@ def test_release_lets_pages_go(filed):
     assert resident() - before < 1000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_files_are_closed_when_nobody_uses_them(filed):
     gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = _open_files()
     tensors = filed(np.ones(1000, np.float32))
     weights.array(tensors[0])
-    assert len(os.listdir("/proc/self/fd")) > before
+    assert _open_files() > before
     del tensors
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert _open_files() == before
 
 
 def test_identity_is_of_what_is_stored(filed):

@@ -4,9 +4,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnxcollapse.passes.cleanup import Cleanup
 
 from onnxcollapse import Model, optimize
-from onnxcollapse.passes.cleanup import Cleanup
 from tests.support import file_bytes, mlp, outputs
 
 
@@ -57,7 +57,9 @@ def test_a_branch_that_hands_an_outer_tensor_on_keeps_its_identity():
 
 
 def test_an_input_does_not_take_over_the_shape_of_what_copies_it():
-    before, after = clean("net (float[n] x) => (float[n] y) <float[2] w = {1, 2}> { a = Identity(x) y = Add(a, w) }")
+    before, after = clean(
+        "net (float[n] x) => (float[n] y) <float[2] w = {1, 2}> { a = Identity(x) y = Add(a, w) }"
+    )
     assert after.signature() == before.signature()
 
 

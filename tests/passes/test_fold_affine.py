@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnxcollapse.passes.fold_affine import FoldAffine
 
 from onnxcollapse import optimize
-from onnxcollapse.passes.fold_affine import FoldAffine
 from tests.support import Net, data_for, file_bytes, mlp, outputs, relative, rows
 
 
@@ -35,7 +35,9 @@ def bn(net, x, channels):
 @pytest.mark.parametrize("bias", [True, False])
 def test_batch_normalization_after_a_linear(spelling, bias):
     net = Net()
-    net_out = net.linear("x", net.random.normal(size=(6, 9)), net.random.normal(size=9) if bias else None, spelling=spelling)
+    net_out = net.linear(
+        "x", net.random.normal(size=(6, 9)), net.random.normal(size=9) if bias else None, spelling=spelling
+    )
     bn(net, net_out, 9)
     model = net.model({"x": ["n", 6]}, {"y": ["n", 9]})
     result = fold(model)
@@ -58,7 +60,9 @@ def test_batch_normalization_after_a_conv_of_any_kernel(group):
 
 def test_operators_before_all_their_linears():
     net = Net()
-    shared = net.op("Add", net.op("Mul", "x", net.const(net.random.normal(size=6))), net.const(net.random.normal(size=6)))
+    shared = net.op(
+        "Add", net.op("Mul", "x", net.const(net.random.normal(size=6))), net.const(net.random.normal(size=6))
+    )
     net.op("Add", net.dense(shared, 6, 5), net.dense(shared, 6, 5), name="y")
     model = net.model({"x": ["n", 6]}, {"y": ["n", 5]})
     result = fold(model)
@@ -88,9 +92,7 @@ def test_chains_fold_where_the_product_is_smaller_only():
     assert any("does not pay" in reason for reason in reasons(result))
 
 
-@pytest.mark.parametrize(
-    "kind, slope", [("PRelu", [1.0]), ("PRelu", np.ones(40)), ("LeakyRelu", None)]
-)
+@pytest.mark.parametrize("kind, slope", [("PRelu", [1.0]), ("PRelu", np.ones(40)), ("LeakyRelu", None)])
 def test_an_activation_with_slope_one_is_none(kind, slope):
     net = Net()
     hidden = net.dense("x", 6, 40)
@@ -154,7 +156,10 @@ def test_float16_that_would_overflow_is_declined(tmp_path):
     ]
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", 4]) for name in "xy"]
     graph = helper.make_graph(nodes, "net", info[:1], info[1:], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+        tmp_path / "m.onnx",
+    )
     result = fold(Model.load(tmp_path / "m.onnx"))
     assert ops(result.model) == ["MatMul", "Mul"]
     assert any("does not fit into FLOAT16" in reason for reason in reasons(result))

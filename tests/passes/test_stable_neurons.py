@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnxcollapse.passes.stable_neurons import StableNeurons
 
 from onnxcollapse import optimize
 from onnxcollapse.errors import OptionError
-from onnxcollapse.passes.stable_neurons import StableNeurons
 from onnxcollapse.rewriting.registry import parse
 from tests.support import Net, file_bytes, mlp, outputs, relative
 

@@ -5,10 +5,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnxcollapse.passes.tie_weights import TieWeights
 
 from onnxcollapse import Model, optimize
 from onnxcollapse.model import size
-from onnxcollapse.passes.tie_weights import TieWeights
 from tests.support import Net, file_bytes, mlp, outputs, rows
 
 

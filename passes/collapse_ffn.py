@@ -131,7 +131,7 @@ class CollapseFfn(Pass):
     def _objection(self, site: FeedForward) -> str | None:
         """Says why no variant can pay or apply, or None."""
         if self.method == "fold" and _fold(site, self.tolerance) is None:
-            return f"activation {site.activation} is no PReLU with every |1 - alpha| <= {self.tolerance:g}"
+            return f"activation {site.activation} cannot be folded: {_why_not_linear(site)} (tolerance {self.tolerance:g})"
         if site.up.axis != site.down.axis:
             return "input and output have their channels on different axes"
         h, p, q = site.d_hidden, site.d_in, site.d_out
@@ -205,6 +205,13 @@ def _fold(site: FeedForward, tolerance: float) -> Fold | None:
         else:
             return None
     return None if found is None else replace(found, scale=scale, shift=shift)
+
+
+def _why_not_linear(site: FeedForward) -> str:
+    slopes = [slope for node in site.region if (slope := prelu_slope(node)) is not None]
+    if not slopes or site.gate is not None:
+        return "it is no PReLU"
+    return f"its largest |1 - alpha| is {max(float(np.max(np.abs(1.0 - slope))) for slope in slopes):.4g}"
 
 
 def _fold_proposal(site: FeedForward, fold: Fold, before: MomentSums, after: MomentSums) -> Proposal:

@@ -30,6 +30,7 @@ from onnxcollapse.structure import (
     affine_of,
     build_linear,
     constant_array,
+    is_elementwise,
     is_shared,
     keeps_layout,
     linears,
@@ -116,9 +117,18 @@ def _around(
     if producer is not None and _is_conv(producer) and _private(affine.input):
         yield from _after_conv(producer, affine)
         return
-    readers = _readers(affine, by_node)
+    readers = [] if _in_expression(affine) else _readers(affine, by_node)
     if readers:
         yield _unless_shared(readers, affine, lambda: _before_linears(affine, readers))
+
+
+def _in_expression(affine: Affine) -> bool:
+    """Whether an operator ends a longer elementwise expression: the 0.5 of a GELU, the scale of a norm.
+
+    Runtimes fuse such expressions as a whole when they find them whole; taking a part away costs more than it saves.
+    """
+    producer = affine.input.producer()
+    return producer is not None and is_elementwise(producer)
 
 
 def _along(affine: Affine, linear: Linear) -> bool:

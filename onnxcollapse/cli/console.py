@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,47 @@ if TYPE_CHECKING:
 
 
 class Group(click.Group):
-    """Turns errors of the package into one line on stderr and their exit status."""
+    """Turns what the user can mend into one line on stderr and an exit status, never into a traceback."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Reads the options before the command."""
+        with _one_line():
+            return super().make_context(*args, **options)
 
     def invoke(self, context: click.Context) -> Any:
-        """Runs the command; never lets a traceback out for what the user can mend."""
-        try:
+        """Reads the command's options and runs it."""
+        with _one_line():
             return super().invoke(context)
-        except OnnxCollapseError as error:
-            fail(str(error), error.exit_status)
-        except KeyboardInterrupt:
-            fail("interrupted; nothing was written", 130)
-        except MemoryError:
-            fail("out of memory; give less calibration data or run on a larger machine", 2)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "onnxcollapse"
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+    except OnnxCollapseError as error:
+        fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except MemoryError:
+        fail("out of memory; give less calibration data or run on a larger machine", 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"'{error.filename}'" if error.filename else "a file or the output"
+        fail(f"cannot read or write {where}: {error.strerror or error}; check path, rights and space", 2)
+
+
+@contextlib.contextmanager
+def user_code() -> Iterator[None]:
+    """Sends what scripts, metrics and readers print to stderr: stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def fail(message: str, status: int) -> None:
@@ -60,7 +87,9 @@ def set_up_logging(verbosity: int) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """Writes one JSON document to stdout."""
-    click.echo(json.dumps(document, indent=1))
+    from onnxcollapse.rewriting.journal import plain
+
+    click.echo(json.dumps(plain(document), indent=1, allow_nan=False))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

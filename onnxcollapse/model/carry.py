@@ -9,12 +9,14 @@ wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model import walk
 
 DOMAIN = "onnxcollapse.carried"
@@ -74,16 +76,26 @@ def stow(model: onnx.ModelProto) -> Luggage:
     """Rewrite `model` in place so that onnx_ir holds all of it; returns what must be attached to the IR."""
     luggage = Luggage(training=tuple(info.SerializeToString() for info in model.training_info))
     model.ClearField("training_info")
+    _refuse_duplicates(f"{f.domain}::{f.name}:{f.overload}" for f in model.functions)
     for graph in proto_graphs(model):  # a graph's attributes are typed before the walk descends into them
         for node in graph.node:
             _stow_attributes(node)
         luggage.types.append(_stow_types(graph))
         luggage.listed.append(set())
         if isinstance(graph, onnx.GraphProto):
+            _refuse_duplicates(tensor.name for tensor in graph.initializer)
             infos = {info.name for info in graph.value_info}
             luggage.listed[-1] |= infos.intersection(tensor.name for tensor in graph.initializer)
             _stow_sparse_initializers(graph)
     return luggage
+
+
+def _refuse_duplicates(names: Iterable[str]) -> None:
+    """Initializers and functions of one name, of which onnx_ir would silently keep one."""
+    names = list(names)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ModelError(f"{name!r} is defined {count} times; rename or remove one")
 
 
 def _stow_attributes(node: onnx.NodeProto) -> None:
@@ -264,9 +276,10 @@ def _restore_sparse_initializers(graph: onnx.GraphProto) -> None:
 
 def _restore_value_info(graph: onnx.GraphProto, source: ir.Graph) -> None:
     """Take out the value_info of initializers that had none: it repeats what the tensor says."""
-    extra = {name for name, value in source.initializers.items() if _LISTED not in value.meta}
-    if any(info.name in extra for info in graph.value_info):
-        kept = [info for info in graph.value_info if info.name not in extra]
+    unlisted = {name for name, value in source.initializers.items() if _LISTED not in value.meta}
+    infos = list(graph.value_info)
+    kept = [i for i in infos if i.name not in unlisted or i.metadata_props or i.doc_string]
+    if len(kept) < len(infos):
         graph.ClearField("value_info")
         graph.value_info.extend(kept)
 

@@ -17,6 +17,7 @@ from onnxcollapse.model import scratch, walk
 from onnxcollapse.model.checks import check
 from onnxcollapse.model.pruning import prune
 from onnxcollapse.model.shapes import refresh_shapes
+from onnxcollapse.model.skeleton import own_type
 
 if TYPE_CHECKING:
     from onnxcollapse.model.model import Model
@@ -129,7 +130,7 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         if node not in upstream:
             node.replace_input_with(index, new)
     if new.type is None:
-        new.type = old.type
+        new.type = own_type(old.type)
     if new.shape is None and old.shape is not None:
         new.shape = old.shape.copy()
     if old.is_graph_output():
@@ -186,6 +187,6 @@ def _replace_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         home.outputs[position] = output
     old.name = name
     output.name = old_name
-    output.type, output.doc_string = old.type, old.doc_string
+    output.type, output.doc_string = own_type(old.type), old.doc_string
     output.shape = old.shape.copy() if old.shape is not None else None
     output.metadata_props.update(old.metadata_props)

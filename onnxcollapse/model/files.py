@@ -136,12 +136,25 @@ def writing(target: Path) -> Iterator[None]:
         raise ModelError(f"cannot write {target}: {one_line(error)}") from error
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a file into place in one step; a no-op when both are the same file."""
-    with writing(target):
-        if target.exists() and target.samefile(source):
-            return
-        with staging(target) as folder:
-            staged = folder / target.name
-            shutil.copyfile(source, staged)
-            commit([staged], target.parent)
+@contextmanager
+def existing(folder: Path) -> Iterator[None]:
+    """Make `folder` for what is written inside the block; take back what was made when that fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def stage(companion: Path, folder: Path) -> Path:
+    """Copy a companion into the staging folder."""
+    if not companion.is_file():
+        raise ModelError(
+            f"{companion} has gone since the model was loaded; restore it or load the model again"
+        )
+    return Path(shutil.copyfile(companion, folder / companion.name))

@@ -90,6 +90,8 @@ def _graph(proto: onnx.ModelProto) -> ir.Model:
             luggage = carry.stow(proto)
             model = ir.from_proto(proto)
             carry.attach(model, luggage)
+    except ModelError:
+        raise
     except Exception as error:  # onnx_ir raises whatever the damage leads to
         raise ModelError(
             f"the graph is damaged or uses what is not supported: {skeleton.root_cause(error)}"
@@ -128,18 +130,19 @@ class _Binder:
                 f"external data of tensor {tensor.name!r} in {str(tensor.location)!r} ends at byte {end}, "
                 f"but the file has {source.size}; download it again"
             )
-        return FileTensor(source, tensor)
+        bound = FileTensor(source, tensor)
+        return bound if skeleton.is_big(bound) else skeleton.in_memory(bound)
 
     def _source(self, tensor: ir.ExternalTensor) -> Source:
         path = self._locate(tensor)
         if path not in self.sources:
+            what = f"external data of tensor {tensor.name!r}, {str(tensor.location)!r},"
+            if not path.is_file():
+                raise ModelError(f"{what} is missing or no file; put the file beside the model")
             try:
                 self.sources[path] = Source(path, hold=False)
             except OSError as error:
-                raise ModelError(
-                    f"external data of tensor {tensor.name!r} cannot be read: {str(tensor.location)!r}: "
-                    f"{error.strerror}; put the file beside the model"
-                ) from error
+                raise ModelError(f"{what} cannot be read: {files.one_line(error)}") from error
         return self.sources[path]
 
     def _locate(self, tensor: ir.ExternalTensor) -> Path:

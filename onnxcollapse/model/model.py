@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir
 import onnx_ir as ir
 
-from onnxcollapse.errors import ModelError
 from onnxcollapse.model import carry, files, loading, saving
 from onnxcollapse.model.skeleton import Skeleton, clone, for_session
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["tensor", "sparse", "sequence", "optional", "other"]
 
@@ -80,7 +76,7 @@ class Model:
         source = Path(source)
         path = files.find_model(source)
         loaded = loading.load(path)
-        companions = files.find_companions(source, loaded.weight_files) if source.is_dir() else ()
+        companions = files.find_companions(source.absolute(), loaded.weight_files) if source.is_dir() else ()
         return cls(loaded.model, path, loaded.external, companions, source.is_dir())
 
     def save(self, target: str | Path, *, external: bool | None = None) -> None:
@@ -100,18 +96,16 @@ class Model:
         if not self._means_folder(target):
             saving.save(self.ir, target, external=external)
             return
-        with files.writing(target):
-            target.mkdir(parents=True, exist_ok=True)
-        saving.save(self.ir, target / (self.path.name if self.path else "model.onnx"), external=external)
-        for companion in self.companions:
-            files.copy(companion, target / companion.name)
+        name = self.path.name if self.path else "model.onnx"
+        with files.existing(target):
+            saving.save(self.ir, target / name, external=external, companions=self.companions)
 
     def _means_folder(self, target: Path) -> bool:
         return target.is_dir() or (self.folder and target.suffix != ".onnx")
 
     def clone(self) -> Model:
         """A copy of the graph that shares the weights."""
-        return Model(clone(self.ir), self.path, self.external, self.companions, self.folder)
+        return replace(self, ir=clone(self.ir))
 
     def to_bytes(self) -> bytes:
         """The whole model with its weights inside; raises ModelError above 2 GB."""
@@ -147,11 +141,3 @@ def _kind(value: ir.Value) -> Kind:
         ir.OptionalType: "optional",
     }
     return kinds.get(type(value.type), "tensor")
-
-
-def load(source: str | Path) -> Model:
-    """`Model.load`."""
-    return Model.load(source)
-
-
-__all__ = ["Kind", "Model", "ModelError", "Signature", "Skeleton", "TensorSpec", "load"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -81,23 +82,37 @@ class _Sidecar:
             position = offset + tensor.nbytes
 
 
-def _stream(model: ir.Model) -> tuple[list[wire.Part], list[ir.TensorProtocol]]:
-    inline = _Inline()
-    proto = skeleton.encode(model, inline.place)
-    return wire.splice(_encoded(proto)), inline.tensors
+@dataclass
+class _Plan:
+    """What will be written: the stream, the tensors that its payloads stand for, and the sidecar if any."""
+
+    parts: list[wire.Part]
+    tensors: list[ir.TensorProtocol]
+    sidecar: _Sidecar | None = None
+
+    def write(self, file: BinaryIO) -> None:
+        for part in self.parts:
+            if isinstance(part, wire.Payload):
+                for chunk in chunks(self.tensors[part.index]):
+                    file.write(chunk)
+            else:
+                file.write(part)
+
+
+def _inline(model: ir.Model) -> _Plan:
+    placed = _Inline()
+    parts = wire.splice(_encoded(skeleton.encode(model, placed.place)))
+    return _Plan(parts, placed.tensors)
+
+
+def _external(model: ir.Model, name: str) -> _Plan:
+    sidecar = _Sidecar(name, carry.sparse_parts(model))
+    parts = wire.splice(_encoded(skeleton.encode(model, sidecar.place)))
+    return _Plan(parts, sidecar.inside.tensors, sidecar if sidecar.layout else None)
 
 
 def _encoded(proto: onnx.ModelProto) -> bytes:
     return proto.SerializeToString(deterministic=True)
-
-
-def _write_stream(parts: Sequence[wire.Part], tensors: Sequence[ir.TensorProtocol], file: BinaryIO) -> None:
-    for part in parts:
-        if isinstance(part, wire.Payload):
-            for chunk in chunks(tensors[part.index]):
-                file.write(chunk)
-        else:
-            file.write(part)
 
 
 def to_bytes(model: ir.Model) -> bytes:
@@ -106,60 +121,63 @@ def to_bytes(model: ir.Model) -> bytes:
     Raises:
         ModelError: It is larger than a protobuf message may be.
     """
-    parts, tensors = _stream(model)
-    if wire.length(parts) > LIMIT:
-        raise ModelError(
-            f"the model takes {wire.length(parts)} bytes, more than one message may have; save it instead"
-        )
+    plan = _inline(model)
+    size = wire.length(plan.parts)
+    if size > LIMIT:
+        raise ModelError(f"the model takes {size} bytes, more than one message may have; save it instead")
     file = BytesIO()
-    _write_stream(parts, tensors, file)
+    plan.write(file)
     return file.getvalue()
 
 
-def save(model: ir.Model, target: Path, *, external: bool | None) -> None:
+def save(model: ir.Model, target: Path, *, external: bool | None, companions: Sequence[Path] = ()) -> None:
     """Write the model to `target`, replacing what is there at once or not at all.
 
     Args:
         model: The model.
         target: The .onnx file.
         external: Weights into `<target>.data` beside it; None: only when they do not fit into one message.
+        companions: Files to copy beside it.
 
     Raises:
         ModelError: The files cannot be written, or the weights must be inline and do not fit.
     """
     if target.is_dir():
         raise ModelError(f"cannot write {target}: it is a folder; name a file in it")
-    if not external:
-        parts, tensors = _stream(model)
-        fits = wire.length(parts) <= LIMIT
-        if not fits and external is False:
-            raise ModelError(f"{target} would take {wire.length(parts)} bytes, more than one file may have; "
-                             "save with external data")  # fmt: skip
-        external = not fits
+    plan = _plan(model, target, external)
     with files.staging(target) as folder:
-        staged = []
-        if external:
-            sidecar = _Sidecar(target.name + ".data", carry.sparse_parts(model))
-            parts = wire.splice(_encoded(skeleton.encode(model, sidecar.place)))
-            tensors = sidecar.inside.tensors
-            if sidecar.layout:
-                staged.append(folder / sidecar.name)
-                with staged[-1].open("wb") as file:
-                    sidecar.write(file)
-                    _sync(file)
-        staged.append(folder / target.name)
-        with staged[-1].open("wb") as file:
-            _write_stream(parts, tensors, file)
-            _sync(file)
+        staged = [files.stage(companion, folder) for companion in companions]
+        if plan.sidecar is not None:
+            staged.append(_write(folder / plan.sidecar.name, plan.sidecar.write))
+        staged.append(_write(folder / target.name, plan.write))
         files.commit(staged, target.parent)
-        if len(staged) == 1:
-            _remove_stale_sidecar(target.with_name(target.name + ".data"))
+        if plan.sidecar is None:
+            _remove_stale_sidecar(_sidecar_of(target))
     logger.debug("wrote %s", target)
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _plan(model: ir.Model, target: Path, external: bool | None) -> _Plan:
+    if external:
+        return _external(model, _sidecar_of(target).name)
+    plan = _inline(model)
+    size = wire.length(plan.parts)
+    if size <= LIMIT:
+        return plan
+    if external is False:
+        raise ModelError(f"{target} would take {size} bytes, over 2 GB; save it with external data")
+    return _external(model, _sidecar_of(target).name)
+
+
+def _sidecar_of(target: Path) -> Path:
+    return target.with_name(target.name + ".data")
+
+
+def _write(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
 
 
 def _remove_stale_sidecar(path: Path) -> None:

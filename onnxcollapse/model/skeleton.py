@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import onnx
@@ -32,21 +33,35 @@ class Skeleton:
 def clone(model: ir.Model) -> ir.Model:
     """A copy of the graph that shares the weights."""
     with walk.collection_paused():
-        copy = model.clone()
-    carry.copy_meta(model, copy)
-    for graph in walk.graphs(copy):
+        cloned = model.clone()
+    carry.copy_meta(model, cloned)
+    for graph in walk.graphs(cloned):
         for value in walk.values(graph):
             # onnx_ir shares the type objects, and setting a value's dtype changes them in place.
-            if isinstance(value.type, ir.TensorType):
-                value.type = ir.TensorType(value.type.dtype, denotation=value.type.denotation)
-    return copy
+            value.type = own_type(value.type)
+    return cloned
+
+
+def own_type(shared: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
+    """A type object of its own for a value that is to have the type of another."""
+    if isinstance(shared, ir.TensorType):
+        return ir.TensorType(shared.dtype, denotation=shared.denotation)
+    return copy.deepcopy(shared)
 
 
 def encode(model: ir.Model, change: walk.TensorMap) -> onnx.ModelProto:
-    """A proto of the model in which every stored tensor is `change(tensor)`; `model` stays as it is."""
-    copy = clone(model)
-    walk.map_tensors(copy, change)
-    return _proto(copy)
+    """A proto of the model in which every stored tensor is `change(tensor)`; `model` stays as it is.
+
+    Tensors that `change` leaves alone are inside the proto, wherever they lie.
+    """
+
+    def changed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        new = change(tensor)
+        return in_memory(new) if new is tensor else new
+
+    cloned = clone(model)
+    walk.map_tensors(cloned, changed)
+    return _proto(cloned)
 
 
 def _proto(model: ir.Model) -> onnx.ModelProto:
@@ -70,7 +85,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def reference(tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
-    """A placeholder for `tensor` that serialises to a reference to `size` bytes at `offset` of `location`."""
+    """A placeholder for `tensor` that serialises to a reference to its bytes at `offset` of `location`."""
     return ir.ExternalTensor(
         location,
         offset,
@@ -97,30 +112,40 @@ def for_session(model: ir.Model) -> Skeleton:
     Raises:
         ModelError: The weights in subgraphs and functions exceed what a proto can hold.
     """
-    copy = clone(model)
-    _lift_constants(copy.graph)
-    weights = {}
-    for name, value in copy.graph.initializers.items():
+    cloned = clone(model)
+    _lift_constants(cloned.graph)
+    weights: dict[str, ir.TensorProtocol] = {}
+    for name, value in cloned.graph.initializers.items():
         if value.const_value is not None and is_big(value.const_value):
             weights[name] = value.const_value
             value.const_value = reference(value.const_value, SESSION_LOCATION, 0)
-    rest = sum(t.nbytes for t in walk.tensors(copy) if is_big(t) and not isinstance(t, ir.ExternalTensor))
+    rest = sum(t.nbytes for t in walk.tensors(cloned) if is_big(t) and not _is_reference(t))
     if rest >= onnx.checker.MAXIMUM_PROTOBUF:
         raise ModelError(
             f"subgraphs and functions hold {rest} bytes of weights, more than a session can be given"
         )
-    walk.map_tensors(copy, _held)
-    return Skeleton(_proto(copy), weights)
+    walk.map_tensors(cloned, lambda tensor: tensor if _is_reference(tensor) else in_memory(tensor))
+    return Skeleton(_proto(cloned), weights)
 
 
-def _held(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The tensor in memory, unless it is a placeholder for a session."""
-    if not isinstance(tensor, ir.ExternalTensor) or tensor.location == SESSION_LOCATION:
+def _is_reference(tensor: ir.TensorProtocol) -> bool:
+    return isinstance(tensor, ir.ExternalTensor) and tensor.location == SESSION_LOCATION
+
+
+def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The tensor itself, or a copy in memory of one that lies in a file."""
+    if not isinstance(tensor, ir.ExternalTensor):
         return tensor
     proto = onnx.TensorProto(
-        name=tensor.name, data_type=tensor.dtype.value, dims=tensor.shape.numpy(), raw_data=tensor.tobytes()
+        name=tensor.name,
+        data_type=tensor.dtype.value,
+        dims=tensor.shape.numpy(),
+        raw_data=tensor.tobytes(),
+        doc_string=tensor.doc_string,
     )
-    return ir.serde.TensorProtoTensor(proto)
+    held = ir.serde.TensorProtoTensor(proto)
+    held.metadata_props.update(tensor.metadata_props)
+    return held
 
 
 def _lift_constants(graph: ir.Graph) -> None:
@@ -151,11 +176,8 @@ def for_inference(model: ir.Model) -> onnx.ModelProto:
     """
 
     def change(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        if not is_big(tensor):
-            return tensor
-        if tensor.dtype == ir.DataType.INT64 and tensor.nbytes <= _SHAPE_DATA:
-            return _held(tensor)
-        return reference(tensor, SESSION_LOCATION, 0)
+        small = not is_big(tensor) or (tensor.dtype == ir.DataType.INT64 and tensor.nbytes <= _SHAPE_DATA)
+        return tensor if small else reference(tensor, SESSION_LOCATION, 0)
 
     return strip(encode(model, change))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from onnxcollapse.errors import ModelError
+from onnxcollapse.errors import MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.passes import Pass
@@ -68,7 +68,10 @@ class ExactStage:
         """Says how far the outputs are from the original's when that is more than rounding explains."""
         if self._measure is None:
             return None
-        error = self._measure(self._model)
+        try:
+            error = self._measure(self._model)
+        except (MetricError, ModelError) as problem:
+            return str(problem)  # an output has another shape, or the runtime takes the model no more
         if error <= self._tolerance:
             return None
         return f"the outputs moved by {error:.3g}, more than the {self._tolerance:g} that rounding explains"

@@ -5,24 +5,40 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from onnxcollapse.rewriting.proposal import Saving
 
 Outcome = Literal["kept", "declined", "rolled-back"]
 
 
-def _plain(value: Any) -> Any:
-    """Rounds floats to six significant digits, so that a journal shows what is meant and not the last bit."""
+def plain(value: Any, digits: int | None = None) -> Any:
+    """Makes plain JSON types: numbers of numpy become Python's, and those that JSON has no word for text.
+
+    Args:
+        value: Anything made of dicts, lists, tuples, texts and numbers.
+        digits: Significant digits to round floats to, so that a journal shows what is meant and not the last
+            bit; None for all.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        if not math.isfinite(value):
+            return str(value)
+        return value if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        return {key: plain(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     return value
+
+
+DIGITS = 6
+"""Significant digits of the floats in a journal."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class Entry:
         """Returns the entry as plain JSON types."""
         record = asdict(self)
         record["pass"] = record.pop("pass_name")
-        return dict(sorted(_plain(record).items()))
+        return dict(sorted(plain(record, DIGITS).items()))
 
 
 @dataclass
@@ -70,7 +86,7 @@ class Journal:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
-        """Appends an entry, unless the very same was the site's last word already."""
+        """Appends an entry, unless it only repeats a decline word for word."""
         if not (entry.outcome == "declined" and entry in self.entries):
             self.entries.append(entry)
 
@@ -83,7 +99,7 @@ class Journal:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns facts and entries as plain JSON types."""
-        return {"facts": _plain(self.facts), "entries": [entry.to_dict() for entry in self.entries]}
+        return {"facts": plain(self.facts, DIGITS), "entries": [entry.to_dict() for entry in self.entries]}
 
     def to_json(self) -> str:
         """Returns the journal as an indented JSON document."""

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -15,7 +14,7 @@ import onnx_ir as ir
 from onnxcollapse.calibration import Dataset
 from onnxcollapse.errors import BudgetNotMetError
 from onnxcollapse.model import Model, Size, flops, provenance, size
-from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.budget import Budget, Target
 from onnxcollapse.rewriting.exact import ExactStage
 from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.lossy import LossyStage
@@ -113,10 +112,13 @@ def _tolerance(model: Model) -> float:
 def _exactness(
     model: Model, data: Dataset | None, verifier: Verifier | None, provider: str
 ) -> Callable[[Model], float] | None:
-    """Returns what measures exact rewrites: always relative L2, whatever the metric of the budget."""
+    """Returns what measures exact rewrites: relative L2 where an output is a float, whatever the budget's metric."""
     if data is None or verifier is None:
         return None
-    return (verifier if verifier.metric == "rel-l2" else Verifier(model, data, "rel-l2", provider)).error
+    floating = any(spec.dtype is not None and spec.dtype.is_floating_point() for spec in model.signature().outputs)
+    if verifier.metric == "rel-l2" or not floating:
+        return verifier.error
+    return Verifier(model, data, "rel-l2", provider).error
 
 
 def _journal_for(
@@ -168,7 +170,9 @@ def optimize(
     exact = [item for item in chosen if item.exact]
     lossy = [item for item in chosen if not item.exact]
     journal = _journal_for(model, data, budget, chosen, seed)
-    work, notes, met = model.clone(), list[str](), budget.target is None
+    work, notes = model.clone(), list[str]()
+    if data is not None:
+        data.count("heldout")  # too little data to be split fails here and not after the work
     verifier = None if data is None else Verifier(model, data, budget.metric, provider)
     ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model)).run()
     if data is not None and verifier is not None and lossy:
@@ -176,7 +180,6 @@ def optimize(
             work, lossy, data, verifier, budget, journal, original=model, provider=provider, progress=progress
         )
         stage.run()
-        met = stage.target_met
         if stage.changed:
             reached = verifier.error(work)
             ExactStage(work, exact, journal, lambda m: verifier.error(m) - reached, _tolerance(model)).run()
@@ -193,33 +196,49 @@ def optimize(
     kept = journal.of("kept")
     if kept:
         provenance.record(work, "passes", " ".join(dict.fromkeys(entry.pass_name for entry in kept)))
-    return Result(
+    obtained = verifier.provider.obtained if verifier is not None else ""
+    journal.facts["provider"] = {"requested": provider, "obtained": obtained or None}
+    result = Result(
         work,
         journal,
         budget,
         error,
-        met and (error is None or error <= max(budget.cap, _tolerance(model))),
+        error is None or error <= max(budget.cap, _tolerance(model)),
         size(model),
         size(work),
         flops(model, shapes=shapes),
         flops(work, shapes=shapes),
-        provider=verifier.provider.obtained if verifier is not None and verifier.provider is not None else "",
-        seconds=time.perf_counter() - began,
+        provider=obtained,
         notes=notes,
     )
+    result.met = result.met and _reaches(result, budget.target)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _reaches(result: Result, target: Target | None) -> bool:
+    """Whether a result is as small as the target wants it."""
+    if target is None:
+        return True
+    sizes = result.to_dict()
+    left: int = sizes[f"{target.measure}_after"]
+    return left <= target.share * sizes[f"{target.measure}_before"]
+
+
+def shortfall(result: Result) -> str | None:
+    """Says what a result misses, or None when budget and target are met."""
+    if result.met:
+        return None
+    wanted = f"target {result.budget.target}" if result.budget.target else f"budget {result.budget.error}"
+    share = result.after.params / max(result.before.params, 1)
+    error = "not measured" if result.error is None else f"{result.error:.4g}"
+    return f"{wanted} not met: {share:.1%} of the parameters are left, error {error}"
 
 
 def require_met(result: Result) -> None:
     """Raises `BudgetNotMetError` when a result misses its budget or target."""
-    if not result.met:
-        wanted = f"target {result.budget.target}" if result.budget.target else f"budget {result.budget.error}"
-        share = result.after.params / max(result.before.params, 1)
+    missed = shortfall(result)
+    if missed is not None:
         raise BudgetNotMetError(
-            f"{wanted} not met: {share:.1%} of the parameters are left at error {result.error}; "
-            "raise the budget, or write the best model with --allow-partial"
+            f"{missed}; ask for less, raise the budget, or write the best model with --allow-partial"
         )
-
-
-def save(result: Result, target: str | Path) -> None:
-    """Writes the model of a result."""
-    result.model.save(target)

@@ -15,8 +15,6 @@ import onnx_ir as ir
 
 from onnxcollapse.model import weights
 
-from onnxcollapse.model import weights
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _STANDARD = ("", "ai.onnx")
@@ -71,7 +69,7 @@ def is_op(node: ir.Node | None, *op_types: str) -> bool:
     return node is not None and node.domain in _STANDARD and node.op_type in op_types
 
 
-def attribute(node: ir.Node, name: str, default: Any = None) -> Any:  # noqa: ANN401 (attributes are of any type)
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """Value of attribute `name`; `default` if it is absent or bound by a function call."""
     attr = node.attributes.get(name)
     if attr is None or attr.is_ref():

@@ -59,7 +59,8 @@ def _by_reference(node: ir.Node, operands: Operands) -> Array:
     from onnx.reference import ReferenceEvaluator
 
     feeds = {f"x{i}": array for i, array in enumerate(operands) if array is not None}
-    return np.asarray(ReferenceEvaluator(_single(node, operands)).run(None, feeds)[0])
+    outputs: Any = ReferenceEvaluator(_single(node, operands)).run(None, feeds)
+    return np.asarray(outputs[0])
 
 
 def _by_runtime(node: ir.Node, operands: Operands) -> Array:
@@ -74,7 +75,7 @@ def _by_runtime(node: ir.Node, operands: Operands) -> Array:
     return np.asarray(session.run(None, feeds)[0]).astype(dtype)
 
 
-def _single(node: ir.Node, operands: Operands) -> Any:  # noqa: ANN401 (onnx ships no types for protobuf)
+def _single(node: ir.Node, operands: Operands) -> Any:
     """A model of that one node with operands x0, x1, ... and output y."""
     import onnx
     from onnx import helper

@@ -63,8 +63,9 @@ def read_spine(graph: ir.Graph) -> Spine:
 def main_output(graph: ir.Graph) -> ir.Value:
     """The first floating output that data reaches and that is no side output of a layer.
 
-    Side outputs are cache entries: a graph input joined with something new (by Concat, a scatter, or as a further output
-    of a node that reads a graph input), or a tensor that feeds a later output without all data passing through it.
+    Side outputs are cache entries: a graph input joined with something new (by Concat, a scatter, or as a further
+    output of a node that reads a graph input), or a tensor that feeds a later output without all data passing
+    through it.
     The first floating output if all are side outputs; the first output if none is floating.
 
     Raises:

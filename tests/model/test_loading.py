@@ -208,7 +208,7 @@ def test_a_hub_cache_of_links_into_one_folder_of_blobs(outside, tmp_path):
 
 def test_external_data_that_is_missing_or_short_is_found_on_loading(outside, tmp_path):
     path, _ = outside("gone.bin")
-    refused(path, "'w'", "'gone.bin'", "put the file beside the model")
+    refused(path, "'w'", "'gone.bin'", "is missing", "put the file beside the model")
     path, _ = outside("w.bin", offset=4100)
     refused(path, "'w'", "'w.bin'", "ends at byte 8196", "has 8192")
     path, _ = outside("w.bin", length=100)
@@ -240,6 +240,22 @@ def test_external_constant_in_a_branch(proto, written, tmp_path):
     assert np.array_equal(constant.attributes["value"].as_tensor().numpy(), array)
     (tmp_path / "w.bin").unlink()
     refused(tmp_path / "model.onnx", "'w.bin'")
+
+
+def test_small_external_tensors_are_read_at_once(proto, written, tmp_path):
+    (tmp_path / "w.bin").write_bytes(bytes(8) + np.arange(32, dtype=np.float32).tobytes())
+    tensor = external("w", [32], "w.bin", 8, 128)
+    tensor.doc_string = "small"
+    tensor.metadata_props.add(key="k", value="v")
+    model = Model.load(written(proto([helper.make_node("Add", ["x", "w"], ["y"])], [tensor])))
+    (tmp_path / "w.bin").unlink()
+    assert model.external
+    model.save(tmp_path / "out.onnx")
+    [saved] = onnx.load(tmp_path / "out.onnx").graph.initializer
+    assert numpy_helper.to_array(saved).tolist() == list(range(32))
+    assert (saved.name, saved.doc_string) == ("w", "small")
+    assert [(entry.key, entry.value) for entry in saved.metadata_props] == [("k", "v")]
+    assert not (tmp_path / "out.onnx.data").exists()
 
 
 def test_many_weight_files_do_not_use_up_descriptors(proto, written, tmp_path):
@@ -274,10 +290,12 @@ def test_folders(mlp, written, tmp_path):
     assert Model.load(tmp_path / "model.onnx").companions == ()
 
 
-def test_weight_files_are_no_companions(outside, tmp_path):
+def test_weight_files_are_no_companions(outside, tmp_path, monkeypatch):
     outside("weights.v1", file="weights.v1")
     (tmp_path / "config.json").write_text("{}")
     assert [path.name for path in Model.load(tmp_path).companions] == ["config.json"]
+    monkeypatch.chdir(tmp_path.parent)
+    assert Model.load(tmp_path.name).companions == (tmp_path / "config.json",)
 
 
 def test_signature(proto, written):
@@ -324,6 +342,18 @@ def test_graphs_that_are_damaged(mlp, written, proto):
     mlp.graph.output[0].name = "y"
     mlp.graph.node[0].output[0] = "hb"
     refused(written(mlp), "'hb'")
+
+
+def test_names_that_are_defined_twice(mlp, written):
+    mlp.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "b"))
+    refused(written(mlp), "'b' is defined 2 times")
+    del mlp.graph.initializer[-1]
+    for _ in range(2):
+        relu = helper.make_node("Relu", ["p"], ["q"])
+        mlp.functions.append(
+            helper.make_function("my", "F", ["p"], ["q"], [relu], [helper.make_opsetid("", 17)])
+        )
+    refused(written(mlp), "'my::F:' is defined 2 times")
 
 
 def test_a_branch_that_returns_an_outer_tensor(proto, written):

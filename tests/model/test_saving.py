@@ -95,7 +95,7 @@ def test_a_model_beyond_the_limit_goes_external(path, tmp_path, monkeypatch):
     model = Model.load(path)
     model.save(tmp_path / "out.onnx")
     assert "out.onnx.data" in listing(tmp_path)
-    with pytest.raises(ModelError, match="save with external data"):
+    with pytest.raises(ModelError, match="save it with external data"):
         model.save(tmp_path / "other.onnx", external=False)
     with pytest.raises(ModelError, match="save it instead"):
         model.to_bytes()
@@ -153,6 +153,10 @@ def test_a_folder_goes_out_as_a_folder(mlp, tmp_path):
     model.save(tmp_path / "single.onnx")
     assert (tmp_path / "single.onnx").is_file()
     Model.load(source / "decoder.onnx").save(tmp_path / "new")
+    (source / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"config.json has gone"):
+        model.save(tmp_path / "newer" / "out")
+    assert not (tmp_path / "newer").exists()
     assert (tmp_path / "new" / "decoder.onnx").is_file()
 
 

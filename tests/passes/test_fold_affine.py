@@ -58,16 +58,24 @@ def test_batch_normalization_after_a_conv_of_any_kernel(group):
     assert same(model, result, x)
 
 
-def test_operators_before_all_their_linears():
+def test_an_operator_before_all_its_linears():
     net = Net()
-    shared = net.op(
-        "Add", net.op("Mul", "x", net.const(net.random.normal(size=6))), net.const(net.random.normal(size=6))
-    )
+    shared = net.op("Mul", net.op("MaxPool", "x", kernel_shape=[3], pads=[1, 1]), net.const(net.random.normal(size=6)))
     net.op("Add", net.dense(shared, 6, 5), net.dense(shared, 6, 5), name="y")
-    model = net.model({"x": ["n", 6]}, {"y": ["n", 5]})
+    model = net.model({"x": ["n", 4, 6]}, {"y": ["n", 4, 5]})
     result = fold(model)
-    assert sorted(ops(result.model)) == ["Add", "Add", "Add", "MatMul", "MatMul"]
-    assert same(model, result, rows(20, 6))
+    assert sorted(ops(result.model)) == ["Add", "Add", "Add", "MatMul", "MatMul", "MaxPool"]
+    assert same(model, result, rows(80, 6).reshape(20, 4, 6))
+
+
+def test_expressions_that_runtimes_fuse_stay_whole():
+    net = Net()
+    hidden = net.dense("x", 6, 40)
+    erf = net.op("Add", net.op("Erf", net.op("Div", hidden, net.const(2**0.5))), net.const(1.0))
+    gelu = net.op("Mul", net.op("Mul", hidden, erf), net.const(0.5))
+    net.dense(gelu, 40, 5, name="y")
+    model = net.model({"x": ["n", 6]}, {"y": ["n", 5]})
+    assert ops(fold(model).model) == ops(model)
 
 
 def test_an_operator_that_others_read_too_stays():

@@ -218,6 +218,36 @@ def test_refusals(parse, case):
     assert reason in refusal.reason
 
 
+def test_what_moves_channels_is_named(parse):
+    """GPT-2's Conv1D is exported as Reshape, Gemm, Reshape; GLU as one Linear and a Split."""
+    wide = {"V": normal(4, 12), "split": np.int64([6, 6]), "flat": np.int64([-1, 6])}
+    reshaped = parse(
+        "g (float[n,t,4] x) => (float[] y) { z = MatMul(x, W1) r = Relu(z) h = Reshape(r, flat) y = MatMul(h, W2) }", BASE | wide
+    )
+    halved = parse(
+        """g (float[n,4] x) => (float[] y) {
+            z = MatMul(x, V) u, g1 = Split <axis = -1> (z, split) s = Sigmoid(g1) h = Mul(u, s) y = MatMul(h, W2)
+        }""",
+        BASE | wide,
+    )
+    for model, op in ((reshaped, "Reshape"), (halved, "Split")):
+        sites, (refusal,) = feedforwards(model.graph)
+        assert sites == []
+        assert refusal.name == "y"
+        assert f"a {op}, lies between the Linears" in refusal.reason
+
+
+def test_a_reshape_before_attention_is_no_refusal(parse):
+    model = parse(
+        """g (float[n,t,4] x) => (float[] y) {
+            q = MatMul(x, W1) t1 = Transpose <perm = [0, 2, 1]> (q) s = MatMul(q, t1) p = Softmax(s) o = MatMul(p, q)
+            r = Reshape(o, shape) y = MatMul(r, W2)
+        }""",
+        BASE | {"shape": np.int64([0, 0, 6])},
+    )
+    assert feedforwards(model.graph) == ([], [])
+
+
 NO_SITE = {
     "residual": "s = Relu(z) h = Add(s, r)",
     "softmax": "h = Softmax(z)",

@@ -61,25 +61,32 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
     Raises:
         DataError: It is no .npz file, is damaged, or holds Python objects.
     """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            single = file.read(6) == b"\x93NUMPY"
+        fact = "is a single array, not an .npz" if single else "is no .npz file, or a damaged one"
+        raise DataError(f"{path}: {fact}; write it with np.savez, arrays by input name")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: is a single array, not an .npz; np.savez it by input name")
-        with archive:
+        with np.load(path, allow_pickle=False) as archive:
             return {name: _member(archive, name, path) for name in archive.files}
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read as .npz ({error}); write it with np.savez") from error
+    except DataError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own
+        raise DataError(f"{path}: cannot be read as .npz ({error}); write it again with np.savez") from error
 
 
 def _member(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
     try:
-        return archive[name]
+        array = archive[name]
     except ValueError as error:
         if "bject array" not in str(error):
             raise
         raise DataError(
             f"{path}: array {name!r} holds Python objects, never loaded; save plain numbers"
         ) from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: {name!r} is no array; write the file with np.savez")
+    return array
 
 
 def _existing(name: str, spec: str) -> Path:
@@ -145,7 +152,7 @@ def _read_object(spec: str) -> list[Chunk]:
 def _next(reader: object, spec: str) -> object:
     try:
         return reader.get_next()  # type: ignore[attr-defined]
-    except Exception as error:  # the user's code: anything may come
+    except (Exception, SystemExit) as error:  # the user's code: anything may come
         raise DataError(
             f"{spec}: get_next() fails with {type(error).__name__}: {error}; correct it"
         ) from error
@@ -162,7 +169,7 @@ def _reader(spec: str) -> object:
     if isinstance(found, type) or not hasattr(found, "get_next"):
         try:
             found = found()
-        except Exception as error:  # the user's code: anything may come
+        except (Exception, SystemExit) as error:  # the user's code: anything may come
             raise DataError(
                 f"{spec}: calling it fails with {type(error).__name__}: {error}; correct it"
             ) from error
@@ -177,7 +184,7 @@ def _import(module: str, spec: str) -> ModuleType:
     sys.path.insert(0, here)
     try:
         return importlib.import_module(module)
-    except Exception as error:  # the user's code: anything may come
+    except (Exception, SystemExit) as error:  # the user's code: anything may come
         raise DataError(f"{spec}: importing {module!r} fails with {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)

@@ -6,13 +6,15 @@ from __future__ import annotations
 import click
 
 from onnxcollapse.cli import options
-from onnxcollapse.cli.console import console, print_json, set_up_logging, table
+from onnxcollapse.cli.console import console, print_json, set_up_logging, table, user_code
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--data", required=True, metavar="DATA", help="Inputs to run both on, in any form that --calib takes.")
+@click.option(
+    "--data", required=True, metavar="DATA", help="Inputs to run both on, in any form that --calib takes."
+)
 @options.provider
 @options.seed
 @options.as_json
@@ -24,15 +26,17 @@ def compare(a: str, b: str, data: str, provider: str, seed: int, as_json: bool, 
     from onnxcollapse.model import Model
     from onnxcollapse.verification import compare as measure
 
-    first, second = Model.load(a), Model.load(b)
-    found = measure(first, second, open_data(data, first, seed=seed), provider=provider)
+    with user_code():
+        first, second = Model.load(a), Model.load(b)
+        found = measure(first, second, open_data(data, first, seed=seed), provider=provider)
     document = found.to_dict()
     if as_json:
         print_json(document)
         return
     metrics = list(dict.fromkeys(name for values in document["outputs"].values() for name in values))
     rows = [
-        (output, *(_cell(values.get(name)) for name in metrics)) for output, values in document["outputs"].items()
+        (output, *(_cell(values.get(name)) for name in metrics))
+        for output, values in document["outputs"].items()
     ]
     table(f"{b} against {a}", ("output", *metrics), rows)
     out = console()

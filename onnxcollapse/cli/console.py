@@ -81,7 +81,9 @@ def console(*, stderr: bool = False) -> Console:
 def set_up_logging(verbosity: int) -> None:
     """Sends the package's log to stderr: warnings always, more with each ``-v``."""
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbosity, 2)]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True
+    )
     logging.getLogger("onnxcollapse").setLevel(level)
 
 
@@ -107,7 +109,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 def _is_number(cell: object) -> bool:
-    return str(cell).replace(",", "").replace(".", "").replace("-", "").replace("e", "").replace("%", "").isdigit()
+    return (
+        str(cell)
+        .replace(",", "")
+        .replace(".", "")
+        .replace("-", "")
+        .replace("e", "")
+        .replace("%", "")
+        .isdigit()
+    )
 
 
 class Bars:

@@ -27,7 +27,9 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:
-        table("", ("package", "version"), [(k, v or "not installed") for k, v in document["versions"].items()])
+        table(
+            "", ("package", "version"), [(k, v or "not installed") for k, v in document["versions"].items()]
+        )
         table("\nProviders", ("provider", "state"), list(document["providers"].items()))
         out = console()
         out.print(f"\nPython {document['python']} on {document['platform']}", markup=False)
@@ -61,18 +63,22 @@ def _providers() -> dict[str, str]:
     """Runs a one-node model on each provider that is built in, because being built in says little."""
     from onnxcollapse.calibration.providers import available_providers, works
 
-    return {name: "works" if works(name) else "built in, but does not work here" for name in available_providers()}
+    return {
+        name: "works" if works(name) else "built in, but does not work here" for name in available_providers()
+    }
 
 
 def examine() -> dict[str, Any]:
     """Gathers everything `doctor` shows, as plain JSON types."""
     versions = {name: _version(name) for name in dict.fromkeys((*PACKAGES, *RUNTIMES))}
-    problems = clashes(versions)
+    problems, providers = clashes(versions), dict[str, str]()
     if not any(versions[name] for name in RUNTIMES):
         problems.append("no ONNX Runtime is installed; pip install onnxruntime-gpu (or onnxruntime)")
-        providers: dict[str, str] = {}
     else:
-        providers = _providers()
+        try:
+            providers = _providers()
+        except Exception as error:  # what a broken installation leads to
+            problems.append(f"ONNX Runtime is installed but cannot be imported ({error}); install it again")
     return {
         "versions": {name: version for name, version in versions.items() if version or name in PACKAGES},
         "providers": providers,

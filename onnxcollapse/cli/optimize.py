@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcollapse.cli import options
-from onnxcollapse.cli.console import Bars, console, print_json, set_up_logging, table
+from onnxcollapse.cli import destinations, options
+from onnxcollapse.cli.console import Bars, console, fail, print_json, set_up_logging, table, user_code
 
 if TYPE_CHECKING:
+    from onnxcollapse.rewriting.budget import Budget
     from onnxcollapse.rewriting.pipeline import Result
 
 
@@ -29,14 +31,24 @@ if TYPE_CHECKING:
 @click.option(
     "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
 )
-@click.option("--target", "target_share", help="Share to keep at the least error, as params=0.75; also flops and bytes.")
 @click.option(
-    "--pass", "specs", multiple=True, metavar="NAME[:OPT=VALUE,...]", help="Run this pass; several run in the order given."
+    "--target", "target_share", help="Share to keep at the least error, as params=0.75; also flops and bytes."
+)
+@click.option(
+    "--pass",
+    "specs",
+    multiple=True,
+    metavar="NAME[:OPT=VALUE,...]",
+    help="Run this pass; several run in the order given.",
 )
 @options.provider
-@click.option("--report", "report_folder", metavar="DIR", help="Write report.html, report.json and journal.json there.")
+@click.option(
+    "--report", "report_folder", metavar="DIR", help="Write report.html, report.json and journal.json there."
+)
 @options.seed
-@click.option("--allow-partial", is_flag=True, help="Write the best model even when budget or target are not met.")
+@click.option(
+    "--allow-partial", is_flag=True, help="Write the best model even when budget or target are not met."
+)
 @options.as_json
 @options.verbose
 def optimize(
@@ -56,34 +68,60 @@ def optimize(
 ) -> None:
     """Makes MODEL, an .onnx file or a folder as optimum exports it, smaller inside an error budget."""
     set_up_logging(verbose)
-    from onnxcollapse.calibration import open_data
-    from onnxcollapse.model import Model
     from onnxcollapse.report import write_report
+    from onnxcollapse.rewriting import pipeline
+
+    destinations.check_model(target, model, calib)
+    if report_folder is not None:
+        destinations.check_folder(report_folder)
+    with user_code():
+        allowed = _budget(budget, metric, target_share)
+        result = _run(model, calib, allowed, specs, provider, seed, quiet=as_json)
+    if not allow_partial:
+        pipeline.require_met(result)
+    summary = {**result.to_dict(), "peak_rss_bytes": _peak_rss(), "output": target}
+    if report_folder is not None:
+        write_report(result, summary, Path(report_folder))
+    result.model.save(target)
+    print_json(summary) if as_json else _show(result, summary)
+    missed = pipeline.shortfall(result)
+    if missed is not None:
+        fail(f"{missed}; wrote the best model all the same", 1)
+
+
+def _run(
+    model: str,
+    calib: str | None,
+    budget: Budget,
+    specs: Sequence[str],
+    provider: str,
+    seed: int,
+    *,
+    quiet: bool,
+) -> Result:
+    from onnxcollapse.calibration import open_data
+    from onnxcollapse.calibration.providers import chain
+    from onnxcollapse.model import Model
     from onnxcollapse.rewriting import pipeline, registry
 
     passes = [registry.parse(spec) for spec in specs] or None
-    allowed = _budget(budget, metric, target_share)
+    if provider != "auto":
+        chain(provider)  # an unknown one is an error, also where nothing will run on it
     loaded = Model.load(model)
-
-    data = open_data(calib, loaded, seed=seed) if calib else None
-    with Bars(quiet=as_json) as progress:
-        result = pipeline.optimize(
-            loaded, data, budget=allowed, passes=passes, provider=provider, seed=seed, progress=progress
+    data = None if calib is None else open_data(calib, loaded, seed=seed)
+    with Bars(quiet=quiet) as progress:
+        return pipeline.optimize(
+            loaded, data, budget=budget, passes=passes, provider=provider, seed=seed, progress=progress
         )
-    if not allow_partial:
-        pipeline.require_met(result)
-    result.model.save(target)
-    summary = {**result.to_dict(), "peak_rss_bytes": _peak_rss(), "output": target}
-    if report_folder:
-        write_report(result, summary, Path(report_folder))
-    print_json(summary) if as_json else _show(result, summary)
 
 
-def _budget(error: float | None, metric: str, target: str | None) -> Any:
+def _budget(error: float | None, metric: str, target: str | None) -> Budget:
     """Builds the budget: one not given is 0.01, or none at all beside a target."""
     from onnxcollapse.rewriting.budget import Budget, Target
+    from onnxcollapse.verification.metrics import metric as load_metric
 
-    wanted = Target.parse(target) if target else None
+    load_metric(metric)
+    wanted = None if target is None else Target.parse(target)
     return Budget(error if error is not None else (None if wanted else 0.01), metric, wanted)
 
 
@@ -103,8 +141,12 @@ def _change(before: float, after: float) -> str:
 
 def _show(result: Result, summary: dict[str, Any]) -> None:
     rows = [
-        (name, f"{summary[f'{name}_before']:,}", f"{summary[f'{name}_after']:,}",
-         _change(summary[f"{name}_before"], summary[f"{name}_after"]))
+        (
+            name,
+            f"{summary[f'{name}_before']:,}",
+            f"{summary[f'{name}_after']:,}",
+            _change(summary[f"{name}_before"], summary[f"{name}_after"]),
+        )
         for name in ("params", "bytes", "flops")
     ]
     table("", ("", "before", "after", "change"), rows)
@@ -142,7 +184,5 @@ def _show_end(result: Result, summary: dict[str, Any]) -> None:
             f"measured on {result.provider}",
             markup=False,
         )
-    out.print(
-        f"Wrote {summary['output']} in {result.seconds:.1f} s, peak memory {summary['peak_rss_bytes'] / 2**20:,.0f} MiB",
-        markup=False,
-    )
+    memory = f"peak memory {summary['peak_rss_bytes'] / 2**20:,.0f} MiB"
+    out.print(f"Wrote {summary['output']} in {result.seconds:.1f} s, {memory}", markup=False)

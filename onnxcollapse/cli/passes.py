@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -17,39 +19,47 @@ from onnxcollapse.errors import OptionError
 def passes(as_json: bool) -> None:
     """Lists the registered passes, what they do, and their options with types and defaults."""
     from onnxcollapse.rewriting import registry
-    from onnxcollapse.rewriting.passes import describe_options
 
-    rows, broken = [], []
+    found: list[dict[str, Any]] = []
+    broken: list[dict[str, str]] = []
     for name in registry.names():
         try:
-            kind = registry.load(name)
+            found.append(_describe(name, registry.load(name)))
         except OptionError as error:
-            broken.append((name, "", str(error), "", ""))
-            continue
-        exact = "exact" if _is_exact(kind) else "lossy"
-        summary = (inspect.getdoc(kind) or "").split("\n")[0]
-        rows += [(name, exact, summary, *option) for option in describe_options(kind) or [("", "", "")]]
+            broken.append({"pass": name, "reason": str(error)})
     if as_json:
-        print_json({"passes": [_record(row) for row in rows], "broken": [row[0] for row in broken]})
+        print_json({"passes": found, "broken": broken})
         return
-    shown, last = [], ""
-    for name, exact, summary, option, kind_name, default in rows:
-        first = name != last
-        shown.append((name if first else "", exact if first else "", summary if first else "",
-                      option, kind_name, default))  # fmt: skip
-        last = name
-    table("", ("pass", "kind", "what it does", "option", "type", "default"), shown)
-    for name, _, reason, *_ in broken:
-        click.echo(f"{name}: {reason}", err=True)
+    rows = [row for item in found for row in _rows(item)]
+    table("", ("pass", "kind", "what it does", "option", "type", "default"), rows)
+    for item in broken:
+        click.echo(item["reason"], err=True)
+
+
+def _describe(name: str, kind: type) -> dict[str, Any]:
+    from onnxcollapse.rewriting.passes import describe_options
+
+    return {
+        "pass": name,
+        "kind": "exact" if _is_exact(kind) else "lossy",
+        "summary": (inspect.getdoc(kind) or "").split("\n")[0],
+        "options": [
+            {"option": option, "type": type_name, "default": default}
+            for option, type_name, default in describe_options(kind)
+        ],
+    }
 
 
 def _is_exact(kind: type) -> bool:
-    """Asks an instance where the pass can be made without options; a pass that needs some is lossy until told."""
+    """Asks an instance where the pass can be made without options; one that needs some is lossy until told."""
     try:
         return bool(kind().exact)
     except TypeError:
         return False
 
 
-def _record(row: tuple[str, ...]) -> dict[str, str]:
-    return dict(zip(("pass", "kind", "summary", "option", "type", "default"), row, strict=True))
+def _rows(item: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    head = (item["pass"], item["kind"], item["summary"])
+    for option in item["options"] or [{"option": "", "type": "", "default": ""}]:
+        yield (*head, option["option"], option["type"], option["default"])
+        head = ("", "", "")

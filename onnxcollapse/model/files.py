@@ -95,7 +95,7 @@ def commit(staged: Sequence[Path], folder: Path) -> None:
     try:
         for path in staged:
             done.append(_replace(path, folder / path.name))
-    except OSError:
+    except BaseException:
         for target, backup in reversed(done):
             with suppress(OSError):
                 if backup is None:

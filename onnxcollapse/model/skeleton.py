@@ -115,8 +115,11 @@ def for_session(model: ir.Model) -> Skeleton:
     cloned = clone(model)
     _lift_constants(cloned.graph)
     weights: dict[str, ir.TensorProtocol] = {}
-    for name, value in cloned.graph.initializers.items():
-        if value.const_value is not None and is_big(value.const_value):
+    for name, value in list(cloned.graph.initializers.items()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            # ONNX Runtime refuses to be handed what the graph does not read.
+            del cloned.graph.initializers[name]
+        elif value.const_value is not None and is_big(value.const_value):
             weights[name] = value.const_value
             value.const_value = reference(value.const_value, SESSION_LOCATION, 0)
     rest = sum(t.nbytes for t in walk.tensors(cloned) if is_big(t) and not _is_reference(t))

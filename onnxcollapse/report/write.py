@@ -9,6 +9,7 @@ from typing import Any
 
 from onnxcollapse.errors import OptionError
 from onnxcollapse.report.html import render
+from onnxcollapse.rewriting.journal import plain
 from onnxcollapse.rewriting.pipeline import Result
 
 
@@ -23,11 +24,15 @@ def write_report(result: Result, summary: dict[str, Any], folder: Path) -> None:
     Raises:
         OptionError: The folder cannot be written.
     """
+    texts = {
+        "journal.json": result.journal.to_json(),
+        "report.json": json.dumps(plain(summary), indent=1, allow_nan=False) + "\n",
+        "report.html": render(result, summary),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "journal.json").write_text(result.journal.to_json(), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        (folder / "report.html").write_text(render(result, summary), encoding="utf-8")
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise OptionError(
             f"report folder '{folder}' cannot be written: {error.strerror}; choose another"

@@ -103,4 +103,4 @@ class Journal:
 
     def to_json(self) -> str:
         """Returns the journal as an indented JSON document."""
-        return json.dumps(self.to_dict(), indent=1) + "\n"
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"

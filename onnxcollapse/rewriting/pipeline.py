@@ -58,6 +58,12 @@ class Result:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
+    def extent(self, measure: str) -> tuple[int, int]:
+        """Returns ``params``, ``bytes`` or ``flops`` before and after."""
+        if measure == "flops":
+            return self.flops_before, self.flops_after
+        return getattr(self.before, measure), getattr(self.after, measure)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the summary that ``--json`` prints, as plain JSON types."""
         return {
@@ -115,7 +121,9 @@ def _exactness(
     """Returns what measures exact rewrites: relative L2 where an output is a float, whatever the budget's metric."""
     if data is None or verifier is None:
         return None
-    floating = any(spec.dtype is not None and spec.dtype.is_floating_point() for spec in model.signature().outputs)
+    floating = any(
+        spec.dtype is not None and spec.dtype.is_floating_point() for spec in model.signature().outputs
+    )
     if verifier.metric == "rel-l2" or not floating:
         return verifier.error
     return Verifier(model, data, "rel-l2", provider).error
@@ -220,9 +228,8 @@ def _reaches(result: Result, target: Target | None) -> bool:
     """Whether a result is as small as the target wants it."""
     if target is None:
         return True
-    sizes = result.to_dict()
-    left: int = sizes[f"{target.measure}_after"]
-    return left <= target.share * sizes[f"{target.measure}_before"]
+    before, after = result.extent(target.measure)
+    return after <= target.share * before
 
 
 def shortfall(result: Result) -> str | None:

@@ -34,7 +34,9 @@ def load(name: str) -> type[Pass]:
     try:
         loaded = point.load()
     except Exception as error:
-        raise OptionError(f"pass '{name}' ({point.value}) cannot be imported: {error}") from error
+        raise OptionError(
+            f"pass '{name}' ({point.value}) cannot be imported: {error}; mend or remove its package"
+        ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
         raise OptionError(f"pass '{name}' ({point.value}) is no subclass of onnxcollapse.Pass")
     return loaded

@@ -15,6 +15,7 @@ from onnxcollapse.structure.dominators import ValueGraph, ends_at, operation
 from onnxcollapse.structure.spine import read_spine, stored_weights
 
 _NORMS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
+_SUMS = frozenset({"Add", "Cast", "Dropout", "Identity", "Sum"})
 _COMMUTATIVE = frozenset({"Add", "And", "Equal", "Max", "Mean", "Min", "Mul", "Or", "Sum", "Xor"})
 
 
@@ -25,8 +26,9 @@ class Block:
     Attributes:
         start: The spine point it reads.
         end: The spine point it computes.
-        nodes: Nodes on paths from start to end, in an order that is the same for isomorphic blocks, so that `zip` pairs
-            nodes that correspond. What computes masks, rotary tables and shapes is not among them.
+        nodes: Nodes on paths from start to end, in an order that is the same for isomorphic blocks, so that `zip`
+            pairs nodes that correspond. What computes masks, rotary tables and shapes is not among them; a fused skip
+            norm belongs to the block that its sum ends and to the one that its norm begins.
         weights: Constants (not single numbers) that these nodes read, paired by `zip` likewise.
         signature: Equal for isomorphic blocks: ops, attributes, wiring, types and shapes of weights; no names and
             no values.
@@ -42,6 +44,20 @@ class Block:
     def name(self) -> str:
         """What the block is called in reports: the tensors that it lies between."""
         return f"{self.start.name} .. {self.end.name}"
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether `end` is `start` plus something: in a post-norm net the norm comes after the sum, and it is not."""
+        stack, seen = [self.end], set[ir.Value]()
+        while stack:
+            value = stack.pop()
+            label, operands = operation(value)
+            if value is self.start:
+                return True
+            if label in _SUMS and value not in seen:
+                seen.add(value)
+                stack += [operand for operand in operands if operand is not None]
+        return False
 
     @property
     def params(self) -> int:

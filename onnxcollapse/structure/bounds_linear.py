@@ -102,7 +102,7 @@ def _accumulated(node: ir.Node, weight: Array, x: Interval) -> Interval:
     terms, dtype = weight.shape[0] + 8, computed_in(node)
     steps = terms * roundoff(dtype)
     if steps >= 1:
-        return UNBOUNDED
+        return make(np.full(weight.shape[1], -math.inf), math.inf)
     total = intervals.affine_map(weight, x, steps / (1 - steps) + 1e-12)
     return total.widened(1e-12, terms * underflow(dtype))
 

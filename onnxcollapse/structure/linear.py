@@ -151,8 +151,9 @@ def _read_gemm(node: ir.Node) -> Linear:
 
 
 def _read_conv(node: ir.Node) -> Linear:
+    check_pointwise_conv(node, tuple(attribute(node, "kernel_shape", ())))
     weight, known = weight_operand(node.inputs[1], node.inputs[0])
-    check_pointwise_conv(node, known.shape)
+    check_pointwise_conv(node, known.shape[2:])
     bias = check_bias(node, 1, known.shape[0])
     return _finish(node, "conv", weight, known, operand(node.inputs[0]), bias, 1, transposed=True)
 

@@ -52,9 +52,8 @@ def check_frame(node: ir.Node) -> None:
         raise RefusedError(f"opset {opset} broadcasts by other rules; convert the model to opset 7 or later")
 
 
-def check_pointwise_conv(node: ir.Node, shape: tuple[int, ...]) -> None:
+def check_pointwise_conv(node: ir.Node, kernel: tuple[int, ...]) -> None:
     """Refuse a Conv that mixes positions or splits channels."""
-    kernel = shape[2:]
     if any(size != 1 for size in kernel):
         raise RefusedError(f"kernel is {'x'.join(map(str, kernel))}, not 1x1", candidate=False)
     if attribute(node, "group", 1) != 1:
@@ -124,7 +123,7 @@ def no_weight(*operands: ir.Value | None) -> RefusedError:
 
 def _why_not_constant(value: ir.Value, limit: int = 16) -> str | None:
     """A reason if `value` is made of constants, overridable ones included; None if it is data."""
-    stack, ops, leaves, overridable = [value], set[str](), [], None
+    stack, seen, leaves, overridable = [value], set[ir.Node](), [], None
     while stack:
         current = stack.pop()
         known, node = folded(current), current.producer()
@@ -132,12 +131,12 @@ def _why_not_constant(value: ir.Value, limit: int = 16) -> str | None:
             leaves.append(known.storage)
         elif is_overridable(current):
             overridable = current.name
-        elif node is None or len(ops) >= limit:
+        elif node is None or len(seen) >= limit:
             return None
-        else:
-            ops.add(node.op_type)
+        elif node not in seen:
+            seen.add(node)
             stack += [operand for operand in node.inputs if operand is not None]
-    return _constant_expression(ops, leaves, overridable)
+    return _constant_expression({node.op_type for node in seen}, leaves, overridable)
 
 
 def _constant_expression(ops: set[str], leaves: list[ir.DataType], overridable: str | None) -> str | None:

@@ -159,27 +159,31 @@ def _weights(flow: ValueGraph, sink: int) -> dict[int, int]:
         if node is None or not leads[number] or value is not node.outputs[0]:
             continue
         operands = [v for v in (*node.inputs, *captured(node)) if v is not None and flow.number(v) is None]
-        size = sum(stored_weights(operand, sizes) for operand in operands)
+        sizes.update((operand, stored_weights(operand)) for operand in operands if operand not in sizes)
+        size = sum(sizes[operand] for operand in operands)
         if size:
             found[number] = size
     return found
 
 
-def stored_weights(value: ir.Value, sizes: dict[ir.Value, int] | None = None) -> int:
-    """Elements of the matrices that a tensor no data reaches is made of, quantised ones included.
-
-    Args:
-        value: The tensor.
-        sizes: Results so far, to share work between calls.
-    """
-    sizes = {} if sizes is None else sizes
-    if value not in sizes:
-        sizes[value] = 0  # ends cycles of a broken graph
-        known, node = folded(value), value.producer()
+def stored_weights(value: ir.Value) -> int:
+    """Elements of the matrices that a tensor no data reaches is made of, quantised ones included."""
+    sizes: dict[ir.Value, int] = {}
+    stack, seen = [value], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        known, node = folded(current), current.producer()
         if known is not None:
-            sizes[value] = known.size if len(known.shape) > 1 else 0
+            sizes[known.root or current] = known.size if len(known.shape) > 1 else 0
         elif node is not None and not is_op(node, "Shape", "Size"):
-            sizes[value] = sum(stored_weights(v, sizes) for v in node.inputs if v is not None)
-        elif value.is_initializer() and value.const_value is not None and len(value.const_value.shape) > 1:
-            sizes[value] = value.const_value.size
-    return sizes[value]
+            stack += [operand for operand in node.inputs if operand is not None]
+        elif (
+            current.is_initializer()
+            and current.const_value is not None
+            and len(current.const_value.shape) > 1
+        ):
+            sizes[current] = current.const_value.size
+    return sum(sizes.values())

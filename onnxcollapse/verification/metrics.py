@@ -223,7 +223,7 @@ class UserMetric:
         """
         try:
             error = float(self._function(dict(outputs), dict(reference), dict(batch)))
-        except Exception as problem:  # the user's code: anything may come
+        except (Exception, SystemExit) as problem:  # the user's code: anything may come
             kind = type(problem).__name__
             raise MetricError(
                 f"metric {self.name} fails with {kind}: {problem}; correct the function"
@@ -245,7 +245,7 @@ def _load_function(spec: str) -> Callable[[Any, Any, Any], float]:
     module = importlib.util.module_from_spec(loader)
     try:
         loader.loader.exec_module(module)
-    except Exception as problem:  # the user's code: anything may come
+    except (Exception, SystemExit) as problem:  # the user's code: anything may come
         raise MetricError(f"metric {spec}: running {file} fails with {problem!r}; correct it") from problem
     function = getattr(module, name, None)
     if not callable(function):

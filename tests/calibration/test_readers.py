@@ -212,9 +212,9 @@ def test_files_that_cannot_be_read(mlp, tmp_path):
     np.savez(tmp_path / "none.npz")
     (tmp_path / "folder").mkdir()
     for name, message in {
-        "text.npz": "cannot be read as .npz",
-        "cut.npz": "cannot be read as .npz",
-        "empty.npz": "cannot be read as .npz",
+        "text.npz": "is no .npz file, or a damaged one",
+        "cut.npz": "is no .npz file, or a damaged one",
+        "empty.npz": "is no .npz file, or a damaged one",
         "single.npy": "is a single array, not an .npz",
         "objects.npz": "array 'x' holds Python objects, never loaded",
         "none.npz": "input 'x' is missing",

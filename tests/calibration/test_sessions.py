@@ -299,3 +299,14 @@ def test_weights_of_a_shared_tensor(build):
     got = run(model, x=x)
     np.testing.assert_array_equal(got["w"], w)
     np.testing.assert_allclose(got["y"], x @ w @ w, rtol=1e-3, atol=1e-3)
+
+
+def test_a_large_initializer_that_nothing_reads_does_no_harm(mlp):
+    import onnx_ir as ir
+
+    model = mlp()
+    unused = ir.tensor(np.zeros((64, 64), np.float32), name="unused")
+    value = ir.Value(name="unused", type=ir.TensorType(unused.dtype), shape=unused.shape, const_value=unused)
+    model.graph.initializers["unused"] = value
+    with open_session(model, provider="cpu") as session:
+        assert session.run({"x": np.zeros((1, 20), np.float32)})

@@ -60,7 +60,11 @@ NOT_AFFINE = {
     "relu": (X2, "y = Relu(x)", {}),
     "cast": (X2, "y = Cast <to = 10> (x)", {}),
     "dropout training": (X2, "y = Dropout(x, r, t)", {"r": np.float32(0.5), "t": np.array(True)}),
-    "dropout overridable": (f"{X2}, bool t", "y = Dropout(x, r, t)", {"r": np.float32(0.5), "t": np.array(False)}),
+    "dropout overridable": (
+        f"{X2}, bool t",
+        "y = Dropout(x, r, t)",
+        {"r": np.float32(0.5), "t": np.array(False)},
+    ),
     "dropout mask": (X2, "y, m = Dropout(x) z = Not(m)", {}),
     "integers": ("int64[2,3] x", "y = Add(x, c)", {"c": np.int64([1, 2, 3])}),
     "batch norm training": (

@@ -39,8 +39,15 @@ def test_same_spelling_and_equal_to_the_runtime(parse, run, rng, spelling, biase
     relu = list(model.graph)[-1]
     old_weights = {name: v.const_value.numpy().copy() for name, v in model.graph.initializers.items()}
     out = build_linear(model.graph, relu, like, like.input, A, B if biased else None)
-    new = linear_at(out.producer() if out.producer().op_type != "Add" else out.producer().inputs[0].producer())
-    assert (new.kind, new.axis, new.weight_left, new.rank) == (like.kind, like.axis, like.weight_left, like.rank)
+    new = linear_at(
+        out.producer() if out.producer().op_type != "Add" else out.producer().inputs[0].producer()
+    )
+    assert (new.kind, new.axis, new.weight_left, new.rank) == (
+        like.kind,
+        like.axis,
+        like.weight_left,
+        like.rank,
+    )
     assert new.node.domain == ""
     assert new.output is out
     assert (new.bias is not None) == biased
@@ -82,7 +89,11 @@ def test_overflow_is_refused(parse):
 
 @pytest.mark.parametrize(
     ("matrix", "offset", "words"),
-    [(np.ones(4), None, "matrix"), (np.ones((5, 3)), None, "4 channels"), (np.ones((4, 3)), np.ones(4), "offset")],
+    [
+        (np.ones(4), None, "matrix"),
+        (np.ones((5, 3)), None, "4 channels"),
+        (np.ones((4, 3)), np.ones(4), "offset"),
+    ],
 )
 def test_wrong_shapes_are_refused(parse, matrix, offset, words):
     model = build(parse, "matmul")

@@ -28,7 +28,9 @@ def test_initializer_and_identity_chain(parse):
 
 
 def test_overridable_initializer_is_no_constant(parse):
-    model = parse("g (float[n,2] x, float[2] s) => (float[n,2] y) { y = Add(x, s) }", {"s": np.float32([1, 2])})
+    model = parse(
+        "g (float[n,2] x, float[2] s) => (float[n,2] y) { y = Add(x, s) }", {"s": np.float32([1, 2])}
+    )
     assert value(model, "s").const_value is not None
     assert constant(value(model, "s")) is None
     assert constant_array(value(model, "s")) is None
@@ -108,7 +110,9 @@ def test_bfloat16_and_int4(parse):
 
 def test_casts_to_8_bit_floats_are_left_to_the_runtime(parse):
     model = parse(
-        "g (float[2] x) => (float[2] y) { c = Cast <to = 17> (b) y = Identity(x) }", {"b": np.float32([1, 1000])}, opset=19
+        "g (float[2] x) => (float[2] y) { c = Cast <to = 17> (b) y = Identity(x) }",
+        {"b": np.float32([1, 1000])},
+        opset=19,
     )
     assert folded(value(model, "c")) is None
 

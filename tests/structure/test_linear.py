@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcollapse.structure import Linear, Refusal, linear_at, linears
+from onnxcollapse.structure import Linear, Refusal, is_shared, linear_at, linears
 
 W = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
 B = np.random.default_rng(2).normal(size=3).astype(np.float32)
@@ -37,7 +37,12 @@ SPELLINGS = {
     "gemm add": (X2, "m = Gemm <alpha = 2.0, beta = 3.0> (x, W) y = Add(b, m)", {"W": W, "b": B}, True),
     "conv": (X4, "y = Conv(x, W)", {"W": W.T.reshape(3, 4, 1, 1)}, False),
     "conv bias": (X4, "y = Conv(x, W, b)", {"W": W.T.reshape(3, 4, 1, 1), "b": B}, True),
-    "conv add": (X4, "m = Conv(x, W) y = Add(m, b)", {"W": W.T.reshape(3, 4, 1, 1), "b": B.reshape(3, 1, 1)}, True),
+    "conv add": (
+        X4,
+        "m = Conv(x, W) y = Add(m, b)",
+        {"W": W.T.reshape(3, 4, 1, 1), "b": B.reshape(3, 1, 1)},
+        True,
+    ),
     "conv same": (X4, 'y = Conv <auto_pad = "SAME_UPPER"> (x, W)', {"W": W.T.reshape(3, 4, 1, 1)}, False),
     "conv 1d": ("float[n,4,t] x", "y = Conv(x, W, b)", {"W": W.T.reshape(3, 4, 1), "b": B}, True),
     "weight left": ("float[n,4,t] x", "y = MatMul(W, x)", {"W": W.T.copy()}, False),
@@ -105,7 +110,7 @@ def test_matrix_does_not_alias_the_weight(parse):
 def test_other_element_types(parse, dtype):
     kind = ir.DataType.from_numpy(np.dtype(dtype))
     model = parse(
-        f"g ({kind.name.lower().replace('double', 'double')}[n,4] x) => (float[] y) {{ m = MatMul(x, W) y = Add(m, b) }}",
+        f"g ({kind.name.lower()}[n,4] x) => (float[] y) {{ m = MatMul(x, W) y = Add(m, b) }}",
         {"W": W.astype(dtype), "b": B.astype(dtype)},
     )
     (linear,) = linears(model.graph)
@@ -129,10 +134,20 @@ REFUSED = {
     ),
     "overridable bias": (f"{X2}, float[3] b", "y = Gemm(x, W, b)", {"W": W, "b": B}, "bias b is overridable"),
     "computed bias": (f"{X2}, float[3] b", "y = Gemm(x, W, b)", {"W": W}, "computed at run time"),
-    "bias by row": ("float[2,4] x", "y = Gemm(x, W, b)", {"W": W, "b": np.ones((2, 3), np.float32)}, "differs between rows"),
+    "bias by row": (
+        "float[2,4] x",
+        "y = Gemm(x, W, b)",
+        {"W": W, "b": np.ones((2, 3), np.float32)},
+        "differs between rows",
+    ),
     "transA": ("float[4,n] x", "y = Gemm <transA = 1> (x, W)", {"W": W}, "transA"),
     "gemm left": ("float[3,n] x", "y = Gemm(W, x)", {"W": W}, "operand A"),
-    "computed weight": (X2, "i = Mul(W, s) y = MatMul(x, i)", {"W": W, "s": np.float32(2)}, "at run time (Mul)"),
+    "computed weight": (
+        X2,
+        "i = Mul(W, s) y = MatMul(x, i)",
+        {"W": W, "s": np.float32(2)},
+        "at run time (Mul)",
+    ),
     "int8 cast": (X2, "i = Cast <to = 1> (W) y = MatMul(x, i)", {"W": W.astype(np.int8)}, "quantised (int8"),
     "int8 scaled": (
         X2,
@@ -152,7 +167,12 @@ REFUSED = {
     "groups": (X4, "y = Conv <group = 2> (x, W)", {"W": np.ones((2, 2, 1, 1), np.float32)}, "2 groups"),
     "stride": (X4, "y = Conv <strides = [2, 2]> (x, W)", {"W": W.T.reshape(3, 4, 1, 1)}, "strides"),
     "pads": (X4, "y = Conv <pads = [1, 1, 1, 1]> (x, W)", {"W": W.T.reshape(3, 4, 1, 1)}, "pads"),
-    "left of unknown rank": ("float x", "i = Loop2(x) y = MatMul(W, i)", {"W": W.T.copy()}, "rank of the data"),
+    "left of unknown rank": (
+        "float x",
+        "i = Loop2(x) y = MatMul(W, i)",
+        {"W": W.T.copy()},
+        "rank of the data",
+    ),
     "relu": (X2, "y = Relu(x)", {}, "not a Linear"),
 }
 
@@ -168,7 +188,9 @@ def test_refusals(parse, case):
     assert refusal.node_name == "y"
 
 
-@pytest.mark.parametrize(("op", "reason"), [("MatMulNBits", "quantised"), ("FusedMatMul", "fused"), ("MoE", "fused")])
+@pytest.mark.parametrize(
+    ("op", "reason"), [("MatMulNBits", "quantised"), ("FusedMatMul", "fused"), ("MoE", "fused")]
+)
 def test_runtime_ops_are_refused_by_name(parse, op, reason):
     model = parse(
         f"g ({X2}) => (float[] y) {{ y = com.microsoft.{op}(x, W) }}", {"W": W}, domains=["com.microsoft"]
@@ -185,7 +207,12 @@ def test_old_opsets_are_refused(parse):
 
 
 def test_attribute_of_a_function_is_refused():
-    node = ir.Node("", "Gemm", [ir.Value(name="x"), ir.Value(name="w")], [ir.RefAttr("transB", "t", ir.AttributeType.INT)])
+    node = ir.Node(
+        "",
+        "Gemm",
+        [ir.Value(name="x"), ir.Value(name="w")],
+        [ir.RefAttr("transB", "t", ir.AttributeType.INT)],
+    )
     assert "function's caller" in linear_at(node).reason
 
 
@@ -194,14 +221,24 @@ NO_BIAS = {
     "raw output used twice": (X2, "m = MatMul(x, W) y = Add(m, b) z = Relu(m)", {"W": W, "b": B}, "y"),
     "raw output twice in the Add": (X2, "m = MatMul(x, W) y = Add(m, m)", {"W": W}, "y"),
     "raw output is a graph output": (X2, "m = MatMul(x, W) y = Add(m, b)", {"W": W, "b": B}, "y, float[] m"),
-    "differs between rows": (X3, "m = MatMul(x, W) y = Add(m, b)", {"W": W, "b": np.ones((5, 3), np.float32)}, "y"),
+    "differs between rows": (
+        X3,
+        "m = MatMul(x, W) y = Add(m, b)",
+        {"W": W, "b": np.ones((5, 3), np.float32)},
+        "y",
+    ),
     "raises the rank": (X2, "m = MatMul(x, W) y = Add(m, b)", {"W": W, "b": B.reshape(1, 1, 3)}, "y"),
     "widens one channel": (X2, "m = MatMul(x, W) y = Add(m, b)", {"W": W[:, :1].copy(), "b": B}, "y"),
     "overridable": (f"{X2}, float[3] b", "m = MatMul(x, W) y = Add(m, b)", {"W": W, "b": B}, "y"),
     "residual": ("float[n,4] x, float[n,3] r", "m = MatMul(x, W) y = Add(m, r)", {"W": W}, "y"),
     "along the image": (X4, "m = Conv(x, W) y = Add(m, b)", {"W": W.T.reshape(3, 4, 1, 1), "b": B}, "y"),
     "second bias": (X2, "m = Gemm(x, W, b) y = Add(m, b)", {"W": W, "b": B}, "y"),
-    "unknown rank": ("float x", "i = Op(x) m = MatMul(i, W) y = Add(m, b)", {"W": W, "b": B.reshape(1, 3)}, "y"),
+    "unknown rank": (
+        "float x",
+        "i = Op(x) m = MatMul(i, W) y = Add(m, b)",
+        {"W": W, "b": B.reshape(1, 3)},
+        "y",
+    ),
 }
 
 
@@ -231,7 +268,9 @@ def test_bias_add_inside_a_branch_is_none(parse):
 
 def test_several_in_graph_order_with_shared_weight(parse):
     model = parse(
-        f"g ({X2}) => (float[] y) {{ i = Identity(W) a = MatMul(x, W) t = Transpose(a) c = Transpose(t) d = MatMul(c, V) y = MatMul(d, i) }}",
+        f"""g ({X2}) => (float[] y) {{
+            i = Identity(W) a = MatMul(x, W) t = Transpose(a) c = Transpose(t) d = MatMul(c, V) y = MatMul(d, i)
+        }}""",
         {"W": W, "V": W.T.copy()},
     )
     assert [linear.name for linear in linears(model.graph)] == ["a", "d", "y"]
@@ -244,6 +283,7 @@ def test_tied_embedding_stays_a_linear(parse):
     (linear,) = linears(model.graph)
     np.testing.assert_array_equal(linear.matrix(), W.T.astype(np.float64))
     assert isinstance(linear_at(model.graph[0]), Refusal)
+    assert is_shared(linear.weight, {linear.node})  # the embedding reads it, too
 
 
 def test_old_wide_weight_is_named_after_an_edit(parse):

@@ -10,7 +10,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxcollapse.structure import Linear, affine_of, blocks, feedforwards, layers, linear_at, linears, ranges, spine
+from onnxcollapse.structure import (
+    Linear,
+    affine_of,
+    blocks,
+    feedforwards,
+    layers,
+    linear_at,
+    linears,
+    ranges,
+    spine,
+)
 
 W = np.ones((4, 4), np.float32)
 GRAPHS = {
@@ -22,7 +32,8 @@ GRAPHS = {
     ),
     "sequences": (
         """g (float[n,4] x) => (float[] y) {
-            m = MatMul(x, W) s = SequenceConstruct(m, x) i = Constant <value_int = 0> () r = SequenceAt(s, i) y = Relu(r)
+            m = MatMul(x, W) s = SequenceConstruct(m, x) i = Constant <value_int = 0> ()
+            r = SequenceAt(s, i) y = Relu(r)
         }""",
         {},
     ),
@@ -35,12 +46,18 @@ GRAPHS = {
         "g (float[n,4] x) => (float[] y) { d = DequantizeLinear(q, s) y = MatMul(x, d) }",
         {"q": (ir.DataType.FLOAT8E4M3FN, np.ones((4, 4))), "s": (ir.DataType.FLOAT, np.array(1.0))},
     ),
-    "empty inputs": ("g (float[n,4] x) => (float[] y) { c = Clip(x, , ) y = Resize(c, , s) }", {"s": (ir.DataType.FLOAT, np.ones(2))}),
+    "empty inputs": (
+        "g (float[n,4] x) => (float[] y) { c = Clip(x, , ) y = Resize(c, , s) }",
+        {"s": (ir.DataType.FLOAT, np.ones(2))},
+    ),
     "many ifs": (
         """g (float[n,4] x, bool p) => (float[] y) {
             a = If (p) <
                 then_branch = t () => (float[] u) {
-                    u = If (p) <then_branch = t2 () => (float[] i) { i = MatMul(x, W) }, else_branch = e2 () => (float[] j) { j = Relu(x) }>
+                    u = If (p) <
+                        then_branch = t2 () => (float[] i) { i = MatMul(x, W) },
+                        else_branch = e2 () => (float[] j) { j = Relu(x) }
+                    >
                 },
                 else_branch = e () => (float[] v) { v = Identity(x) }
             >
@@ -59,7 +76,10 @@ GRAPHS = {
     "foreign domain": ("g (float[n,4] x) => (float[] y) { a, b = my.MatMul(x, W) y = Add(a, b) }", {}),
     "no inputs": ("g () => (float[] y) { y = Relu(W) }", {}),
     "input is output": ("g (float[n,4] x) => (float[n,4] x) { }", {}),
-    "zero sized": ("g (float[n,0] x) => (float[] y) { y = MatMul(x, Z) }", {"Z": (ir.DataType.FLOAT, np.zeros((0, 4)))}),
+    "zero sized": (
+        "g (float[n,0] x) => (float[] y) { y = MatMul(x, Z) }",
+        {"Z": (ir.DataType.FLOAT, np.zeros((0, 4)))},
+    ),
     "scalar weights": ("g (float[n,4] x) => (float[] y) { y = MatMul(x, S) }", {"S": (ir.DataType.FLOAT, np.ones(()))}),
 }  # fmt: skip
 
@@ -86,9 +106,11 @@ def test_everything_reads_through(parse, name):
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize(("name", "gemms"), [("bvlc_alexnet", 3), ("vgg19", 3), ("resnet50", 1), ("squeezenet", 0)])
+@pytest.mark.parametrize(
+    ("name", "gemms"), [("bvlc_alexnet", 3), ("vgg19", 3), ("resnet50", 1), ("squeezenet", 0)]
+)
 def test_structure_only_nets_of_the_onnx_package(name, gemms):
-    """Every weight is a graph input, too, or made by ConstantOfShape: the former are refused, the latter are weights."""
+    """Every weight is a graph input, too, or made by ConstantOfShape of one."""
     folder = Path(onnx.__file__).parent / "backend/test/data/light"
     model = ir.load(folder / f"light_{name}.onnx")
     chain = spine(model.graph)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,7 +13,15 @@ from onnxcollapse.structure.dominators import ValueGraph
 
 WEIGHTS = {
     name: np.ones(shape, np.float32)
-    for name, shape in {"W": (8, 8), "U": (8, 32), "D": (32, 8), "g": (8,), "b": (8,), "E": (10, 8), "P": (6, 8)}.items()
+    for name, shape in {
+        "W": (8, 8),
+        "U": (8, 32),
+        "D": (32, 8),
+        "g": (8,),
+        "b": (8,),
+        "E": (10, 8),
+        "P": (6, 8),
+    }.items()
 }
 
 
@@ -30,7 +40,9 @@ def pre_norm(count):
     text, x = "", "x0"
     for i in range(count):
         text += f"n{i} = LayerNormalization({x}, g, b) {attention(i, f'n{i}')} y{i} = Add({x}, a{i}) "
-        text += f"m{i} = LayerNormalization(y{i}, g, b) {feed_forward(i, f'm{i}')} x{i + 1} = Add(d{i}, y{i}) "
+        text += (
+            f"m{i} = LayerNormalization(y{i}, g, b) {feed_forward(i, f'm{i}')} x{i + 1} = Add(d{i}, y{i}) "
+        )
         x = f"x{i + 1}"
     return text + f"out = LayerNormalization({x}, g, b)"
 
@@ -40,7 +52,9 @@ def post_norm(count):
     text, x = "v = Add(x0, b) h = LayerNormalization(v, g, b) ", "h"
     for i in range(count):
         text += f"{attention(i, x)} y{i} = Add({x}, a{i}) m{i} = LayerNormalization(y{i}, g, b) "
-        text += f"{feed_forward(i, f'm{i}')} z{i} = Add(m{i}, d{i}) x{i + 1} = LayerNormalization(z{i}, g, b) "
+        text += (
+            f"{feed_forward(i, f'm{i}')} z{i} = Add(m{i}, d{i}) x{i + 1} = LayerNormalization(z{i}, g, b) "
+        )
         x = f"x{i + 1}"
     return text + f"out = Identity({x})"
 
@@ -122,8 +136,9 @@ def test_overridable_initializers_are_no_source(parse):
 def test_cache_entries_do_not_shorten_the_spine(parse):
     body = "x0 = Gather(E, ids) "
     for i, x in enumerate(["x0", "x1"]):
-        body += f"""n{i} = LayerNormalization(x{i}, g, b) k{i} = MatMul(n{i}, W) K{i} = Concat <axis = 1> (past{i}, k{i})
-            q{i} = MatMul(n{i}, W) T{i} = Transpose <perm = [0, 2, 1]> (K{i}) s{i} = MatMul(q{i}, T{i}) p{i} = Softmax(s{i})
+        body += f"""n{i} = LayerNormalization(x{i}, g, b) k{i} = MatMul(n{i}, W)
+            K{i} = Concat <axis = 1> (past{i}, k{i}) T{i} = Transpose <perm = [0, 2, 1]> (K{i})
+            q{i} = MatMul(n{i}, W) s{i} = MatMul(q{i}, T{i}) p{i} = Softmax(s{i})
             o{i} = MatMul(p{i}, K{i}) a{i} = MatMul(o{i}, W) x{i + 1} = Add({x}, a{i}) """
     body += "H = Transpose(E) out = MatMul(x2, H)"
     inputs = "float[n,p,8] past0, float[n,p,8] past1, int64[n,t] ids"
@@ -137,15 +152,16 @@ def test_cache_entries_do_not_shorten_the_spine(parse):
 def test_encoder_states_read_by_every_layer_are_not_the_source(parse):
     body = "x0 = Gather(E, ids) "
     for i in range(2):
-        body += f"""k{i} = MatMul(states, W) T{i} = Transpose <perm = [0, 2, 1]> (k{i}) s{i} = MatMul(x{i}, T{i}) p{i} = Softmax(s{i})
-            o{i} = MatMul(p{i}, k{i}) y{i} = Add(x{i}, o{i}) {feed_forward(i, f'y{i}')} x{i + 1} = Add(y{i}, d{i}) """
+        body += f"""k{i} = MatMul(states, W) T{i} = Transpose <perm = [0, 2, 1]> (k{i})
+            s{i} = MatMul(x{i}, T{i}) p{i} = Softmax(s{i})
+            o{i} = MatMul(p{i}, k{i}) y{i} = Add(x{i}, o{i}) {feed_forward(i, f"y{i}")} x{i + 1} = Add(y{i}, d{i}) """
     model = build(parse, body + "out = Identity(x2)", "float[n,s,8] states, int64[n,t] ids")
     assert names(spine(model.graph)) == ["ids", "x0", "y0", "x1", "y1", "x2", "out"]
 
 
 def skip_norms(count, op="SkipLayerNormalization", operands="g, b"):
     """A pre-norm net after ONNX Runtime's optimizer: the stream is the skip norms' fourth output."""
-    text, stream, norm = f"n = LayerNormalization(x0, g, b) ", "x0", "n"
+    text, stream, norm = "n = LayerNormalization(x0, g, b) ", "x0", "n"
     if op != "SkipLayerNormalization":
         text = "n = SimplifiedLayerNormalization(x0, g) "
     for i in range(count):
@@ -155,20 +171,25 @@ def skip_norms(count, op="SkipLayerNormalization", operands="g, b"):
     return text + f"out = MatMul({norm}, W)"
 
 
-@pytest.mark.parametrize(("op", "operands"), [("SkipLayerNormalization", "g, b"), ("SkipSimplifiedLayerNormalization", "g")])
+@pytest.mark.parametrize(
+    ("op", "operands"), [("SkipLayerNormalization", "g, b"), ("SkipSimplifiedLayerNormalization", "g")]
+)
 def test_skip_norms_are_sum_and_norm(parse, op, operands):
     text = skip_norms(3, op, operands).replace("b1", "g")
     model = build(parse, text, "float[n,t,8] x0")
     assert names(spine(model.graph)) == ["x0", "y0", "x1", "y1", "x2", "y2", "x3", "m2", "out"]
     (run,) = layers(model.graph)
     assert names(block.start for block in run) == ["x0", "x1", "x2"]
+    assert all(block.is_residual for block in run)
 
 
 def test_post_norm_skip_norms_without_a_sum(parse):
     text = ""
     for i in range(2):
         text += f"{attention(i, f'x{i}', mask='g')} y{i} = com.microsoft.SkipLayerNormalization(x{i}, a{i}, g, b) "
-        text += f"{feed_forward(i, f'y{i}')} x{i + 1} = com.microsoft.SkipLayerNormalization(y{i}, d{i}, g, b) "
+        text += (
+            f"{feed_forward(i, f'y{i}')} x{i + 1} = com.microsoft.SkipLayerNormalization(y{i}, d{i}, g, b) "
+        )
     model = build(parse, text + "out = Identity(x2)", "float[n,t,8] x0")
     assert names(spine(model.graph)) == ["x0", "y0", "x1", "y1", "x2", "out"]
 
@@ -223,12 +244,22 @@ def test_no_recursion_on_deep_graphs(parse):
 @pytest.mark.parametrize(
     ("body", "inputs", "outputs", "expected"),
     [
-        ("i = Identity(ids) x = Gather(E, ids) out = Relu(x)", "int64[n] ids", "int64[] i, float[] out", "out"),
+        (
+            "i = Identity(ids) x = Gather(E, ids) out = Relu(x)",
+            "int64[n] ids",
+            "int64[] i, float[] out",
+            "out",
+        ),
         ("x = Relu(a) out = MatMul(x, W)", "float[n,8] a", "float[] x, float[] out", "x"),  # a hidden state
         ("out = Concat <axis = 0> (a, b2) ", "float[n,8] a, float[n,8] b2", "float[] out", "out"),
         ("i = Identity(ids)", "int64[n] ids", "int64[] i", "i"),
         ("o, k = Two(x, past)", "float[n] x, float[n] past", "float[] k, float[] o", "o"),
-        ("q = MatMul(x, W) k = MatMul(x, W) s = Mul(q, k) out = Add(s, x)", "float[n,8] x", "float[] k, float[] out", "out"),
+        (
+            "q = MatMul(x, W) k = MatMul(x, W) s = Mul(q, k) out = Add(s, x)",
+            "float[n,8] x",
+            "float[] k, float[] out",
+            "out",
+        ),
     ],
 )
 def test_main_output(parse, body, inputs, outputs, expected):
@@ -239,12 +270,22 @@ def test_blocks_hold_what_lies_between_their_ends(parse):
     model = build(parse, IDS + pre_norm(2))
     found = {block.name: block for block in blocks(model.graph)}
     attn = found["x0 .. y0"]
-    assert sorted(node.outputs[0].name for node in attn.nodes) == ["a0", "k0", "n0", "o0", "p0", "q0", "s0", "t0", "y0"]
+    assert sorted(node.outputs[0].name for node in attn.nodes) == [
+        "a0",
+        "k0",
+        "n0",
+        "o0",
+        "p0",
+        "q0",
+        "s0",
+        "t0",
+        "y0",
+    ]
     assert sorted(names(attn.weights)) == ["W", "W", "b", "g"]
     assert attn.params == 64 + 16
     assert found["y0 .. x1"].params == 2 * 8 * 32 + 16
     chain = spine(model.graph)
-    assert [(block.start, block.end) for block in blocks(model.graph)] == list(zip(chain, chain[1:], strict=False))
+    assert [(block.start, block.end) for block in blocks(model.graph)] == list(pairwise(chain))
 
 
 def test_layers_of_pre_and_post_norm_nets(parse):
@@ -254,6 +295,8 @@ def test_layers_of_pre_and_post_norm_nets(parse):
     assert [block.name for block in post] == ["h .. x1", "x1 .. x2", "x2 .. x3"]
     assert len({block.signature for block in pre}) == 1 == len({block.signature for block in post})
     assert pre[0].signature != post[0].signature
+    assert all(block.is_residual for block in pre)
+    assert not any(block.is_residual for block in post)
 
 
 def test_isomorphic_blocks_pair_nodes_and_weights(parse):
@@ -289,7 +332,8 @@ def test_isomorphic_blocks_pair_nodes_and_weights(parse):
 def test_other_blocks_are_not_isomorphic(parse, second):
     weights = WEIGHTS | {"V": np.ones((8, 16), np.float32), "X": np.ones((16, 8), np.float32)}
     model = parse(
-        f"g (float[n,8] x) => (float[] y) {{ {feed_forward('', 'x')} z = Add(x, d) {second} y = Add(z, d2) }}", weights
+        f"g (float[n,8] x) => (float[] y) {{ {feed_forward('', 'x')} z = Add(x, d) {second} y = Add(z, d2) }}",
+        weights,
     )
     one, two = blocks(model.graph)
     assert one.signature != two.signature
@@ -298,7 +342,10 @@ def test_other_blocks_are_not_isomorphic(parse, second):
 
 def test_attributes_and_types_tell_blocks_apart(parse):
     def kind(alpha):
-        model = parse(f"g (float[n,8] x) => (float[] y) {{ w = MatMul(x, W) y = LeakyRelu <alpha = {alpha}> (w) }}", WEIGHTS)
+        model = parse(
+            f"g (float[n,8] x) => (float[] y) {{ w = MatMul(x, W) y = LeakyRelu <alpha = {alpha}> (w) }}",
+            WEIGHTS,
+        )
         return [block.signature for block in blocks(model.graph)]
 
     assert kind(0.1) == kind(0.1)
@@ -320,12 +367,24 @@ def test_values_and_names_do_not_matter(parse):
 def test_several_runs(parse):
     weights = WEIGHTS | {"S": np.ones((8, 4), np.float32), "T": np.ones((4, 4), np.float32)}
     text = "".join(f"w{i} = MatMul(x{i}, W) x{i + 1} = Add(x{i}, w{i}) " for i in range(3))
-    text += "z0 = MatMul(x3, S) " + "".join(f"v{i} = MatMul(z{i}, T) z{i + 1} = Add(z{i}, v{i}) " for i in range(2))
+    text += "z0 = MatMul(x3, S) " + "".join(
+        f"v{i} = MatMul(z{i}, T) z{i + 1} = Add(z{i}, v{i}) " for i in range(2)
+    )
     model = parse(f"g (float[n,8] x0) => (float[] z2) {{ {text} }}", weights)
     assert [[block.name for block in run] for run in layers(model.graph)] == [
         ["x0 .. x1", "x1 .. x2", "x2 .. x3"],
         ["z0 .. z1", "z1 .. z2"],
     ]
+
+
+def test_a_sum_deep_inside_is_no_residual(parse):
+    model = parse(
+        """g (float[n,8] x) => (float[] y) {
+            r = Relu(x) s = Add(x, r) m = MatMul(s, W) y = Add(m, b) z = Mul(x, x)
+        }""",
+        WEIGHTS,
+    )
+    assert [block.is_residual for block in blocks(model.graph)] == [True, False, True]
 
 
 def test_repetitions_without_weights_are_no_layers(parse):

@@ -4,8 +4,8 @@
     python -m benchmarks.main_job -o out                          # all models at budgets 0.01, 0.05 and 0.1
     python -m benchmarks.main_job -o out --models fashion_relu --budgets 0.05
 
-Models and data come from the recipes in `models/`, built into OUT when they are not there. Calibration data and the data
-that the quality is measured on never overlap. `forward_seconds` is one plain run of the same calibration data through
+Models and data come from the recipes in `models/`, built into OUT when they are not there. Calibration data and
+the data that the quality is measured on never overlap. `forward_seconds` is one plain run of the same calibration data through
 ONNX Runtime; `ratio` is the time of the whole optimization over that.
 """
 
@@ -35,7 +35,9 @@ FOLD = ["--pass", "collapse-ffn:method=fold", "--pass", "cleanup", "--pass", "fo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.01, 0.05, 0.1])
@@ -45,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = args.output / name
         recipe, options = RECIPES[name]
         _python("-m", f"models.{recipe}", "-o", str(folder), *options)
-        base = {"model": name, "forward_seconds": round(_forward(folder), 3), **_quality(recipe, folder, "model.onnx")}
+        base = {
+            "model": name,
+            "forward_seconds": round(_forward(folder), 3),
+            **_quality(recipe, folder, "model.onnx"),
+        }
         rows.append({**base, "run": "original"})
         print(json.dumps(rows[-1]), flush=True)
         runs: list[tuple[str, list[str]]] = [(f"budget {b:g}", ["--budget", f"{b:g}"]) for b in args.budgets]
@@ -84,7 +90,10 @@ def _optimize(recipe: str, folder: Path, flags: list[str], forward: float) -> di
     command = ["-m", "onnxcollapse", "optimize", str(folder / "model.onnx"), "-o", str(folder / "small.onnx"),
                "--calib", str(folder / "calib.npz"), "--provider", "cpu", "--json", *flags]  # fmt: skip
     summary = json.loads(_python(*command))
-    share = {f"{m}_left": round(summary[f"{m}_after"] / summary[f"{m}_before"], 4) for m in ("params", "bytes", "flops")}
+    share = {
+        f"{name}_left": round(summary[f"{name}_after"] / summary[f"{name}_before"], 4)
+        for name in ("params", "bytes", "flops")
+    }
     return {
         **share,
         "error": summary["error"],

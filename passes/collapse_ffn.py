@@ -84,7 +84,7 @@ class CollapseFfn(Pass):
 
     def sites(self, model: Model) -> Iterator[FeedForward | Decline]:
         """Finds every feed-forward block; those that cannot be rewritten come with the reason."""
-        found, refused = feedforwards(model.graph)
+        found, refused = feedforwards(model.graph, model.ir.functions.values())
         for refusal in refused:
             yield Decline(refusal.name, refusal.reason)
         for site in found:
@@ -131,7 +131,8 @@ class CollapseFfn(Pass):
     def _objection(self, site: FeedForward) -> str | None:
         """Says why no variant can pay or apply, or None."""
         if self.method == "fold" and _fold(site, self.tolerance) is None:
-            return f"activation {site.activation} cannot be folded: {_why_not_linear(site)} (tolerance {self.tolerance:g})"
+            why = _why_not_linear(site)
+            return f"activation {site.activation} cannot be folded: {why} (tolerance {self.tolerance:g})"
         if site.up.axis != site.down.axis:
             return "input and output have their channels on different axes"
         h, p, q = site.d_hidden, site.d_in, site.d_out

@@ -11,7 +11,6 @@ import pytest
 from tests.cli.workspace import one_line
 from tests.support import Net, mlp, outputs, relative, rows
 
-
 doctor = importlib.import_module("onnxcollapse.cli.doctor")  # the package's name is the command
 
 

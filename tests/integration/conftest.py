@@ -26,6 +26,7 @@ def real(tmp_path_factory):
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
+                check=False,
             )
             made[key] = folder if done.returncode == 0 else (done.stderr.strip().splitlines() or ["?"])[-1]
         if isinstance(made[key], str):
@@ -37,4 +38,6 @@ def real(tmp_path_factory):
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs Python from the checkout."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+    )

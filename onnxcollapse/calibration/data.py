@@ -130,8 +130,9 @@ class Dataset:
         return sum(unit.rows for unit in self._select(part, limit))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the first batch, by input name."""
-        return {name: array.shape for name, array in next(self.batches("all")).items()}
+        """The shapes of one sample's feeds (of one batch where the model fixes its size), by input name."""
+        first = self._join([self._slice(self._units[0])])
+        return {name: array.shape for name, array in first.items()}
 
     def _check_all(self) -> list[Layout]:
         if not self._chunks:

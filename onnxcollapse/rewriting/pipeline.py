@@ -39,7 +39,7 @@ class Result:
         met: Whether budget and target were met.
         before: Size of the model given.
         after: Size of the rewritten model.
-        flops_before: FLOPs at the calibration data's shapes, dynamic dimensions 1 without data.
+        flops_before: FLOPs of one calibration sample; dynamic dimensions are 1 without data.
         flops_after: Likewise.
         provider: Execution provider that measured; empty without data.
         seconds: Wall time.

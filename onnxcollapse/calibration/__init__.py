@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from onnxcollapse.calibration.collector import Progress, collect
+from onnxcollapse.calibration.collector import Progress, Sweep, collect
 from onnxcollapse.calibration.data import Dataset, open_data
 from onnxcollapse.calibration.leastsquares import (
     LinearFit,
@@ -13,6 +13,7 @@ from onnxcollapse.calibration.leastsquares import (
     ridge_fit,
 )
 from onnxcollapse.calibration.providers import Provider, available_providers
+from onnxcollapse.calibration.segments import cut_points
 from onnxcollapse.calibration.sessions import Session, open_session
 from onnxcollapse.calibration.statistics import (
     Gram,
@@ -37,8 +38,10 @@ __all__ = [
     "Request",
     "Session",
     "Statistics",
+    "Sweep",
     "available_providers",
     "collect",
+    "cut_points",
     "linear_error",
     "open_data",
     "open_session",

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcollapse.calibration.data import Dataset
-from onnxcollapse.calibration.joining import join
 from onnxcollapse.calibration.masks import batch_rows, row_mask
-from onnxcollapse.calibration.probes import MOMENT_ROWS, ROWS_INPUT, ProbeSet
-from onnxcollapse.calibration.sessions import Session, adopt
+from onnxcollapse.calibration.probes import MOMENT_ROWS, PREFIX, ROWS_INPUT, ProbeSet
+from onnxcollapse.calibration.segments import Segment
+from onnxcollapse.calibration.sessions import UNREADABLE, main_values
 from onnxcollapse.calibration.statistics import (
     Gram,
     GramMatrix,
@@ -23,8 +25,11 @@ from onnxcollapse.calibration.statistics import (
     Result,
     Statistics,
 )
-from onnxcollapse.errors import DataError
+from onnxcollapse.calibration.tape import Tape
+from onnxcollapse.calibration.walk import Feeds, Walk
+from onnxcollapse.errors import DataError, ModelError
 from onnxcollapse.model.model import Model
+from onnxcollapse.structure.channels import element_type
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all) after each batch."""
@@ -38,6 +43,7 @@ def collect(
     provider: str = "auto",
     reference: Model | None = None,
     parts: Sequence[Part] = ("fit", "heldout"),
+    cuts: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Statistics:
     """Runs the data through a model, and a reference beside it, and sums what was asked for.
@@ -49,9 +55,9 @@ def collect(
         requests: What to sum; equal requests are computed once.
         data: The calibration data.
         provider: See open_session.
-        reference: The model that refs with source "reference" name tensors of. None, or a tensor it does not
-            have: they name those of `model`.
+        reference: The model that refs with source "reference" name tensors of; None when there are none.
         parts: The parts of the data to run.
+        cuts: Tensors to cut the models at, so that one segment's weights are in memory at a time.
         progress: Told how far the run is.
 
     Returns:
@@ -61,48 +67,223 @@ def collect(
         ModelError: A tensor cannot be probed, or the model cannot run.
         DataError: A tensor becomes NaN or infinite on this data.
     """
-    wanted = tuple(dict.fromkeys(requests))
-    if not wanted:
-        return Statistics()
-    probes, session = _open(model, wanted, provider, reference)
-    total, done = sum(data.count(part) for part in parts), 0
     results: dict[tuple[Part, Request], Result] = {}
-    with session:
-        for part in parts:
-            sums = {request: _accumulator(request) for request in wanted}
-            for batch in data.batches(part):
-                outputs = _run(session, probes, batch)
-                for accumulator in sums.values():
-                    accumulator.add(probes, outputs)
-                done += batch_rows(batch)
-                if progress is not None:
-                    progress(min(done, total), total)
-            results.update({(part, request): accumulator.result() for request, accumulator in sums.items()})
+    sweep = Sweep(model, requests, data, provider=provider, reference=reference, parts=parts, cuts=cuts)
+    sweep.tell = progress
+    for _, statistics in sweep:
+        results |= statistics.results
     return Statistics(results)
 
 
-def _open(
-    model: Model, wanted: Sequence[Request], provider: str, reference: Model | None
-) -> tuple[ProbeSet, Session]:
-    scratch = model.clone()
-    beside = any(ref.source == "reference" for request in wanted for ref in _refs(request))
-    names = join(scratch, reference.clone()) if reference is not None and beside else {}
-    probes = ProbeSet(scratch, names)
-    probes.add(wanted)
-    return probes, adopt(scratch, provider)
+class Sweep:
+    """Goes through a model segment by segment and gives each one's statistics before the next is run.
+
+    Whoever iterates may rewrite the segment it has just got the statistics of and say so by `rewritten`: what
+    later segments see then comes from the rewritten model, while targets come from the reference, which walks beside
+    it.
+
+    Attributes:
+        tell: Told how far the run is.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        requests: Iterable[Request],
+        data: Dataset,
+        *,
+        provider: str = "auto",
+        reference: Model | None = None,
+        parts: Sequence[Part] = ("fit", "heldout"),
+        cuts: Sequence[str] = (),
+    ) -> None:
+        """See collect for the arguments."""
+        self._requests = tuple(dict.fromkeys(requests))
+        self._model, self._parts, self._data = model, parts, data
+        self.tell: Progress | None = None
+        beside = reference is not None and any(ref.source == "reference" for ref in _all_refs(self._requests))
+        self._walk = Walk(model, data, cuts, parts=parts, provider=provider)
+        self._beside = (
+            Walk(reference, data, cuts, parts=parts, provider=provider) if reference and beside else None
+        )
+        self._reference = reference if self._beside else None
+        self._extra = Tape()
+        self._rewritten: Model | None = None
+        self._done = 0
+
+    def rewritten(self, model: Model) -> None:
+        """Tells that the current segment was rewritten; later segments are to run on what `model` makes of it."""
+        self._rewritten = model
+
+    def __iter__(self) -> Iterator[tuple[Segment, Statistics]]:
+        homes = self._homes()
+        last = max(homes.values(), default=-1)
+        try:
+            while self._walk.place <= last:
+                place = self._walk.place
+                own = [request for request in self._requests if homes[request] == place]
+                later = [request for request in self._requests if homes[request] > place]
+                yield self._walk.segment, self._statistics(own, later, hold=place < last)
+                self._advance(hold=place < last)
+        finally:
+            self._walk.close()
+            self._extra.close()
+            if self._beside is not None:
+                self._beside.close()
+
+    def _advance(self, *, hold: bool) -> None:
+        if self._rewritten is not None and hold:
+            for _ in self._walk.pass_through(self._rewritten):
+                pass
+        self._walk.move_on()
+        if self._beside is not None:
+            self._beside.move_on()
+
+    def _homes(self) -> dict[Request, int]:
+        """The segment at which everything that a request needs is there."""
+        made = {name: s.index for s in self._walk.segments for name in s.makes}
+        beside = self._beside.segments if self._beside is not None else []
+        made |= {f"reference {name}": segment.index for segment in beside for name in segment.makes}
+        return {
+            request: max((made.get(self._key(ref), 0) for ref in _refs(request)), default=0)
+            for request in self._requests
+        }
+
+    def _key(self, ref: Ref) -> str:
+        """Names a tensor across both models; one that the reference lacks is the model's."""
+        beside = self._beside.segments if self._beside is not None and ref.source == "reference" else []
+        return (
+            f"reference {ref.value}" if any(ref.value in segment.makes for segment in beside) else ref.value
+        )
+
+    def again(self, model: Model, requests: Sequence[Request]) -> Statistics:
+        """Statistics of the current segment once more, on what was rewritten in it so far.
+
+        Args:
+            model: The model as it is now.
+            requests: Some of those of the current segment.
+        """
+        return self._collected(model, requests, (), hold=False)
+
+    def _statistics(self, own: Sequence[Request], later: Sequence[Request], *, hold: bool) -> Statistics:
+        made = self._walk.segment.makes
+        kept = [ref.value for ref in _all_refs(later) if ref.value in made and self._key(ref) == ref.value]
+        self._run_beside(own, later, hold=hold)
+        if own:
+            return self._collected(self._model, own, kept, hold=hold)
+        for step in self._walk.pass_through(wanted=kept, hold=hold):
+            self._note(kept, step.outputs)
+        return Statistics()
+
+    def _collected(
+        self, model: Model, requests: Sequence[Request], kept: Iterable[str], *, hold: bool
+    ) -> Statistics:
+        accumulators = {
+            (part, request): _accumulator(request) for part in self._parts for request in requests
+        }
+        probing = _Probing(self, requests, kept, hold=hold)
+        for step in self._walk.pass_through(model, amend=probing.amend, hold=hold):
+            for (part, _), accumulator in accumulators.items():
+                if part == step.part:
+                    accumulator.add(probing.probes, step.outputs)
+            self._note(kept, step.outputs)
+            self._tell(batch_rows(step.batch))
+        return Statistics({key: accumulator.result() for key, accumulator in accumulators.items()})
+
+    def _note(self, kept: Iterable[str], outputs: Feeds) -> None:
+        """Keeps tensors that a request of a later segment is about."""
+        for name in kept:
+            self._extra.put(name, outputs[name])
+
+    def _run_beside(self, own: Sequence[Request], later: Sequence[Request], *, hold: bool) -> None:
+        """Takes the reference through the same segment and keeps the targets that it makes."""
+        if self._beside is None:
+            return
+        made = self._beside.segment.makes
+        names = [
+            ref.value
+            for ref in _all_refs([*own, *later])
+            if self._key(ref) != ref.value and ref.value in made
+        ]
+        for step in self._beside.pass_through(wanted=list(dict.fromkeys(names)), hold=hold):
+            for name in dict.fromkeys(names):
+                self._extra.put(f"reference {name}", step.outputs[name])
+
+    def _tell(self, rows: int) -> None:
+        total = sum(self._data.count(part) for part in self._parts) * max(len(self._walk.segments), 1)
+        self._done = min(self._done + rows, total)
+        if self.tell is not None:
+            self.tell(self._done, total)
+
+
+class _Probing:
+    """The probes of one segment, and what has to be fed to them."""
+
+    def __init__(
+        self, sweep: Sweep, requests: Sequence[Request], wanted: Iterable[str], *, hold: bool
+    ) -> None:
+        self._sweep, self._requests = sweep, requests
+        segment = sweep._walk.segment
+        self._keep = list(dict.fromkeys([*(segment.gives if hold else ()), *wanted]))
+        self._fed: dict[str, str] = {}
+        self.probes: ProbeSet
+
+    def amend(self, scratch: Model) -> Callable[[int, Feeds], Feeds]:
+        """Adds inputs for tensors that the segment does not make, and the probes."""
+        names = {}
+        for ref in _all_refs(self._requests):
+            key = self._sweep._key(ref)
+            if key != ref.value or ref.value not in main_values(scratch.graph):
+                name = self._supply(scratch, key, ref)
+                names[ref] = name
+        masked = any(value.name == "attention_mask" for value in self._sweep._model.graph.inputs)
+        self.probes = ProbeSet(scratch, names, masked=masked)
+        self.probes.add(self._requests, keep=self._keep)
+        return self._feed
+
+    def _supply(self, scratch: Model, key: str, ref: Ref) -> str:
+        """Adds an input for a tensor of an earlier segment, of the reference, or of the model's own inputs."""
+        if key in self._fed.values():
+            return next(name for name, known in self._fed.items() if known == key)
+        owner = self._sweep._model if key == ref.value else self._sweep._reference
+        value = main_values(owner.graph).get(ref.value) if owner is not None else None
+        if value is None:
+            _refuse(ref, self._sweep._model)
+        name = ref.value if value.is_graph_input() and key == ref.value else f"{PREFIX}_fed_{len(self._fed)}"
+        shape = None if value.shape is None else value.shape.copy()
+        fed = ir.Value(name=name, type=ir.TensorType(_readable(element_type(value))), shape=shape)
+        scratch.graph.inputs.append(fed)
+        self._fed[name] = key
+        return name
+
+    def _feed(self, number: int, batch: Feeds) -> Feeds:
+        tape = self._sweep._extra
+        feeds = {name: tape.get(key, number) for name, key in self._fed.items() if key in tape}
+        if self.probes.needs_rows:
+            mask = row_mask(batch)
+            kept = np.empty(0, np.float32) if mask is None else mask.reshape(-1).astype(np.float32)
+            feeds[ROWS_INPUT] = np.append(kept, np.float32(1))
+        return feeds
+
+
+def _readable(dtype: ir.DataType | None) -> ir.DataType:
+    """The type in which a session gives a tensor out."""
+    known = dtype or ir.DataType.FLOAT
+    return ir.DataType.FLOAT if known in UNREADABLE else known
+
+
+def _refuse(ref: Ref, model: Model) -> NoReturn:
+    if any(ref.value in main_values(body) for body in model.graph.subgraphs()):
+        raise ModelError(f"tensor {ref.value!r} lies in a subgraph (If, Loop, Scan) and cannot be probed")
+    raise ModelError(f"tensor {ref.value!r} is not in the model's main graph; request another")
 
 
 def _refs(request: Request) -> tuple[Ref, ...]:
     return request.refs if isinstance(request, Gram) else (request.tensor,)
 
 
-def _run(session: Session, probes: ProbeSet, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    feeds = dict(batch)
-    if probes.needs_rows:
-        mask = row_mask(batch)
-        kept = np.empty(0, np.float32) if mask is None else mask.reshape(-1).astype(np.float32)
-        feeds[ROWS_INPUT] = np.append(kept, np.float32(1))
-    return session.run(feeds)
+def _all_refs(requests: Iterable[Request]) -> list[Ref]:
+    return list(dict.fromkeys(ref for request in requests for ref in _refs(request)))
 
 
 def _accumulator(request: Request) -> _GramAccumulator | _MomentAccumulator:

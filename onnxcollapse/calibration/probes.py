@@ -36,22 +36,22 @@ _BIG = float(np.finfo(np.float32).max)
 class ProbeSet:
     """The probes of a clone: which outputs hold which sums."""
 
-    def __init__(self, scratch: Model, names: Mapping[str, str]) -> None:
+    def __init__(self, scratch: Model, names: Mapping[Ref, str], *, masked: bool) -> None:
         """Starts on a clone.
 
         Args:
             scratch: A clone that nobody else uses.
-            names: The reference's value names -> their names in it (see joining.join). A tensor that is not
-                among them is the model's own.
+            names: What tensors are called in it that do not go by their own names, because they are fed to it.
+            masked: Whether the data has an attention mask, whose rows are fed as ROWS_INPUT.
 
         Raises:
             ModelError: The model's opset is too old.
         """
         self._scratch, self._graph = scratch, scratch.graph
-        self._reference = names
+        self._names = names
         self._values = main_values(scratch.graph)
         self._opset = _opset(scratch.graph)
-        self._masked = any(value.name == "attention_mask" for value in scratch.graph.inputs)
+        self._masked = masked
         self._rows_input: ir.Value | None = None
         self._made: dict[object, ir.Value] = {}
         self._nodes = 0
@@ -59,11 +59,12 @@ class ProbeSet:
         self._means: dict[Ref, ir.Value] = {}
         self._sums: dict[Request, ir.Value] = {}
 
-    def add(self, requests: Iterable[Request]) -> None:
-        """Adds the probes of these requests and leaves nothing but them in the clone."""
+    def add(self, requests: Iterable[Request], keep: Sequence[str] = ()) -> None:
+        """Adds the probes of these requests and leaves nothing but them and the tensors to keep in the clone."""
         for request in requests:
             self._sums[request] = self._gram(request) if isinstance(request, Gram) else self._moments(request)
-        used = [*self._counts.values(), *self._means.values(), *self._sums.values()]
+        kept = [self._values[name] for name in keep]
+        used = [*kept, *self._counts.values(), *self._means.values(), *self._sums.values()]
         self._graph.outputs[:] = list(dict.fromkeys(used))
         edit.prune(self._scratch)
 
@@ -235,8 +236,7 @@ class ProbeSet:
 
     def _own(self, ref: Ref) -> Ref:
         """The same tensor by its name in the clone; a model that is its own reference is probed once."""
-        name = ref.value if ref.source == "model" else self._reference.get(ref.value, ref.value)
-        return Ref(name, axis=ref.axis)
+        return Ref(self._names.get(ref, ref.value), axis=ref.axis)
 
     def _find(self, ref: Ref) -> ir.Value:
         if ref.value in self._values:

@@ -26,7 +26,7 @@ LINE = 300
 """Characters of ONNX Runtime's messages that are passed on."""
 
 # ONNX Runtime gives numpy no such arrays, so these leave the graph as float32.
-_UNREADABLE = {
+UNREADABLE = {
     ir.DataType.BFLOAT16,
     ir.DataType.FLOAT8E4M3FN,
     ir.DataType.FLOAT8E4M3FNUZ,
@@ -164,7 +164,7 @@ def _create(handover: Handover, names: tuple[str, ...], requested: str) -> Infer
 def _widen_outputs(graph: ir.Graph) -> None:
     """Casts outputs that numpy cannot hold to float32, keeping their names."""
     for index, value in enumerate(graph.outputs):
-        if value.dtype not in _UNREADABLE or value.is_graph_input() or value.is_initializer():
+        if value.dtype not in UNREADABLE or value.is_graph_input() or value.is_initializer():
             continue
         name = value.name
         value.name = edit.unique_name(graph, f"{name}_narrow")

@@ -79,11 +79,10 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def set_up_logging(verbosity: int) -> None:
-    """Sends the package's log to stderr: warnings always, more with each ``-v``."""
+    """Sends the log to stderr: the package's warnings always, others' and more with each ``-v``."""
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbosity, 2)]
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True
-    )
+    others = logging.WARNING if verbosity else logging.ERROR
+    logging.basicConfig(level=others, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("onnxcollapse").setLevel(level)
 
 

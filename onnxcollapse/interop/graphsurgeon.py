@@ -8,27 +8,18 @@ overloads, overridable inputs, and attributes of types that it does not know.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-
 from onnxcollapse.calibration.statistics import Statistics
-from onnxcollapse.errors import OptionError
-from onnxcollapse.interop.restore import restore
-from onnxcollapse.model import Model, skeleton, walk, weights
+from onnxcollapse.errors import ModelError, OnnxCollapseError, OptionError
+from onnxcollapse.model import Model
 from onnxcollapse.rewriting import Decline, GraphSite, Pass, Proposal
-
-logger = logging.getLogger(__name__)
-
-LOCATION = "onnxcollapse.graphsurgeon"
 
 
 @dataclass(frozen=True)
@@ -48,13 +39,17 @@ class GraphSurgeonPass(Pass):
     function: str = "edit"
     keeps_function: bool = False
 
+    def __post_init__(self) -> None:
+        if not Path(self.script).is_file():
+            raise ValueError(f"script '{self.script}' does not exist; give script=FILE.py")
+
     @property
     def exact(self) -> bool:
         """As the user promises."""
         return self.keeps_function
 
     def sites(self, model: Model) -> Iterator[GraphSite | Decline]:
-        """Offers the whole graph; fails early when there is no such script or function."""
+        """Offers the whole graph; fails early when the script has no such function."""
         _load(self.script, self.function)
         yield GraphSite()
 
@@ -66,96 +61,52 @@ class GraphSurgeonPass(Pass):
         """Takes the graph over, lets the script edit it, and brings it back.
 
         Raises:
+            ModelError: graphsurgeon cannot hold the model.
             OptionError: The script fails or leaves something that is no graph.
         """
+        import onnx_graphsurgeon as gs
+
+        from onnxcollapse.interop.passage import Passage
+
         edit = _load(self.script, self.function)
-        passage = _Passage(model)
         try:
-            edited = edit(passage.graph)
+            passage = Passage(model.ir)
         except Exception as error:
+            raise ModelError(f"graphsurgeon cannot take the model over: {_what(error)}") from error
+        try:
+            with _importable(self.script):
+                edited = edit(passage.graph)
+        except (Exception, SystemExit) as error:
             raise OptionError(
-                f"graphsurgeon script '{self.script}': {self.function} failed with {type(error).__name__}: {error}"
+                f"graphsurgeon script '{self.script}': {self.function} fails with {_what(error)}"
             ) from error
+        if not isinstance(edited, gs.Graph | None):
+            raise OptionError(
+                f"graphsurgeon script '{self.script}': {self.function} returns a {type(edited).__name__}; "
+                "return a gs.Graph, or nothing after editing the one given"
+            )
         try:
             model.ir = passage.back(passage.graph if edited is None else edited)
         except Exception as error:
             raise OptionError(
-                f"graphsurgeon script '{self.script}' left a graph that cannot be read back: {error}"
+                f"graphsurgeon script '{self.script}' leaves a broken graph: {_what(error)}"
             ) from error
 
 
-class _Passage:
-    """One crossing: over on construction, `back` once the script is done."""
-
-    def __init__(self, model: Model) -> None:
-        import onnx_graphsurgeon as gs
-
-        self._gs = gs
-        self._original = model.ir
-        self._tensors: list[ir.TensorProtocol] = []
-        self.graph = gs.import_onnx(skeleton.encode(model.ir, self._detach))
-        for constant in _constants(gs, self.graph):
-            self._connect(constant)
-        self._untouched = gs.export_onnx(self.graph)
-
-    def _detach(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        """Leaves a numbered placeholder for a big tensor; small ones cross as they are."""
-        if not skeleton.is_big(tensor):
-            return tensor
-        self._tensors.append(tensor)
-        return skeleton.reference(tensor, LOCATION, len(self._tensors) - 1)
-
-    def _connect(self, constant: Any) -> None:
-        """Lets a placeholder's values be read from where they are mapped."""
-        number = _placeholder_number(constant)
-        if number is None:
-            return
-        tensor, values = self._tensors[number], constant._values
-
-        def load() -> np.ndarray:
-            return np.array(weights.array(tensor))
-
-        values.load = load
-
-    def back(self, graph: Any) -> ir.Model:
-        if not isinstance(graph, self._gs.Graph):
-            raise TypeError(f"the function returned a {type(graph).__name__}, not a gs.Graph or None")
-        proto = self._gs.export_onnx(graph)
-        made = ir.from_proto(proto)
-        walk.map_tensors(made, self._reattach)
-        restore(self._original, made, before=self._untouched, after=proto)
-        return made
-
-    def _reattach(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == LOCATION:
-            found = self._tensors[tensor.offset or 0]
-            found.name = tensor.name
-            return found
-        return tensor
+def _what(error: BaseException) -> str:
+    """What went wrong, and of which kind it is where it is not one of ours, which speak for themselves."""
+    return str(error) if isinstance(error, OnnxCollapseError) else f"{type(error).__name__}: {error}"
 
 
-def _placeholder_number(constant: Any) -> int | None:
-    proto = getattr(constant._values, "tensor", None)
-    if not isinstance(proto, onnx.TensorProto) or proto.data_location != onnx.TensorProto.EXTERNAL:
-        return None
-    entries = {entry.key: entry.value for entry in proto.external_data}
-    return int(entries["offset"]) if entries.get("location") == LOCATION else None
-
-
-def _constants(gs: ModuleType, graph: Any) -> Iterator[Any]:
-    """Yields the constants of a graph, of its subgraphs and functions, and of its nodes' attributes."""
-    for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Constant):
-            yield tensor
-    for node in graph.nodes:
-        for value in node.attrs.values():
-            if isinstance(value, gs.Constant):
-                yield value
-            elif isinstance(value, gs.Graph):
-                yield from _constants(gs, value)
-    for function in getattr(graph, "functions", None) or []:
-        if function is not graph:
-            yield from _constants(gs, function)
+@contextlib.contextmanager
+def _importable(script: str) -> Iterator[None]:
+    """Lets a script import what lies beside it, as if Python had been started with it."""
+    folder = str(Path(script).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _load(script: str, function: str) -> Callable[[Any], Any]:
@@ -165,16 +116,17 @@ def _load(script: str, function: str) -> Callable[[Any], Any]:
         OptionError: No such file or function, or the file cannot be imported.
     """
     path = Path(script)
-    if not path.is_file():
-        raise OptionError(f"graphsurgeon script '{script}' does not exist; give script=FILE.py")
-    spec = importlib.util.spec_from_file_location(f"onnxcollapse_script_{path.stem}", path)
+    name = f"onnxcollapse_script_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise OptionError(f"graphsurgeon script '{script}' is no Python file; give script=FILE.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise OptionError(f"graphsurgeon script '{script}' cannot be imported: {error}") from error
+        with _importable(script):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise OptionError(f"graphsurgeon script '{script}' cannot be imported: {_what(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise OptionError(f"graphsurgeon script '{script}' has no function '{function}'; give function=NAME")

@@ -49,7 +49,7 @@ def load(path: Path) -> Loaded:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {files.one_line(error)}") from error
     try:
-        model = _graph(_parse(source))
+        model = from_proto(_parse(source))
         binder = _Binder(source)
         walk.map_tensors(model, binder.bind)
         checks.settle(model)
@@ -84,7 +84,8 @@ def _diagnosis(source: Source) -> str:
     return "not an ONNX model, or a truncated or damaged one; export or download it again"
 
 
-def _graph(proto: onnx.ModelProto) -> ir.Model:
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """The IR of a proto, which is used up; raises ModelError for what the IR cannot hold."""
     try:
         with walk.collection_paused():
             luggage = carry.stow(proto)

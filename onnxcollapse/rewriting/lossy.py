@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, Statistics, collect
 from onnxcollapse.calibration.statistics import Request
-from onnxcollapse.errors import ModelError
+from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
@@ -50,6 +50,14 @@ class _Place:
     @property
     def key(self) -> tuple[str, str, frozenset[str]]:
         return self.maker.describe(), self.site.name, self.nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """Why the last group was rolled back, and its error on the held-out part where it could be measured."""
+
+    reason: str = ""
+    error: float | None = None
 
 
 class LossyStage:
@@ -93,6 +101,7 @@ class LossyStage:
         self._whole = extent(original, self._shapes)
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self._closed: set[tuple[str, str, frozenset[str]]] = set()
+        self._failure = _Failure()
         self.error = verifier.error(model)
         self.changed = False
 
@@ -109,11 +118,6 @@ class LossyStage:
             return math.inf
         left = extent(self._model, self._shapes).of(target.measure)
         return left - target.share * self._whole.of(target.measure)
-
-    @property
-    def target_met(self) -> bool:
-        """Whether the target is reached; true without one."""
-        return self._budget.target is None or self._missing() <= 0
 
     # One round
 
@@ -203,7 +207,10 @@ class LossyStage:
         objection = None if candidate.maker.on_request else saving.objection()
         if objection is not None:
             return objection, saving, math.inf
-        impact = self._verifier.error(trial, limit=PRICE_SAMPLES)
+        try:
+            impact = self._verifier.error(trial, limit=PRICE_SAMPLES)
+        except (MetricError, ModelError) as error:
+            return str(error), saving, math.inf  # an output is another one, or no runtime takes the model
         if not math.isfinite(impact):
             return "the outputs are no numbers any more", saving, impact
         if impact > self._budget.cap:
@@ -222,11 +229,16 @@ class LossyStage:
 
     def _attempt(self, start: Model, kept: list[Candidate], group: Sequence[Candidate]) -> bool:
         """Builds the model with what was kept and the group, and keeps it when the held-out error fits."""
-        trial, done = self._realize(start, [*kept, *group])
-        error = self._verifier.error(trial)
+        try:
+            trial, done = self._realize(start, [*kept, *group])
+            error = self._verifier.error(trial)
+        except (DataError, MetricError, ModelError) as problem:
+            self._failure = _Failure(f"together with what was kept before it: {problem}")
+            return False
         if not error <= self._budget.cap:
             logger.info("%d rewrites together: error %.4g, rolled back", len(kept) + len(group), error)
-            self._failed_error = error
+            held_out = f"with what was kept before it the held-out error is {error:.4g}"
+            self._failure = _Failure(f"{held_out}, over the budget of {self._budget.cap:g}", error)
             return False
         kept.extend(group)
         self._model.ir = trial.ir
@@ -265,11 +277,10 @@ class LossyStage:
 
     def _refit(self, model: Model, candidate: Candidate) -> Proposal:
         """Proposes the same variant again with features of `model` as it is now and targets of the original."""
-        site = next(
-            site
-            for site in candidate.maker.sites(model)
-            if not isinstance(site, Decline) and site.name == candidate.proposal.site
-        )
+        sites = (site for site in candidate.maker.sites(model) if not isinstance(site, Decline))
+        site = next((site for site in sites if site.name == candidate.proposal.site), None)
+        if site is None:
+            raise ModelError(f"site '{candidate.proposal.site}' is gone; an earlier rewrite consumed it")
         requests = candidate.maker.requests(site)
         if not requests:
             return candidate.proposal
@@ -300,12 +311,10 @@ class LossyStage:
         self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
 
     def _roll_back(self, candidate: Candidate) -> None:
-        reason = (
-            f"with what was kept before it the held-out error is {self._failed_error:.4g}, "
-            f"over the budget of {self._budget.cap:g}"
+        saving, impact, failure = candidate.saving, candidate.impact, self._failure
+        self._refuse(
+            candidate, "rolled-back", failure.reason, saving=saving, impact=impact, error=failure.error
         )
-        saving, impact = candidate.saving, candidate.impact
-        self._refuse(candidate, "rolled-back", reason, saving=saving, impact=impact, error=self._failed_error)
 
     def _refuse(
         self,

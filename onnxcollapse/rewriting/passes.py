@@ -8,16 +8,22 @@ command line, the journal and the report all describe it from one place.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import logging
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Union
 
+import onnx_ir as ir
+
 from onnxcollapse.calibration.statistics import Request, Statistics
-from onnxcollapse.errors import ModelError, OptionError
+from onnxcollapse.errors import ModelError, OnnxCollapseError, OptionError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +63,25 @@ class Pass(abc.ABC):
     def apply(self, model: Model, proposals: Sequence[Proposal]) -> None:
         """Finds the proposals' sites in `model`, which share no nodes, and rewrites them.
 
+        They are rewritten back to front: what a site holds of the graph before it, its input above all, is then
+        still there, and what reads its output is told when the output is replaced.
+
         Raises:
-            ModelError: A site is not there any more, because another rewrite consumed it.
+            ModelError: A site is not there any more, because another rewrite consumed it, or the pass fails.
         """
-        found = {site.name: site for site in self.sites(model) if not isinstance(site, Decline)}
-        for proposal in proposals:
-            if proposal.site not in found:
-                raise ModelError(
-                    f"{self.name}: site '{proposal.site}' is gone; an earlier rewrite consumed it"
-                )
-            self.rewrite(model, found[proposal.site], proposal)
+        found = {site.name: site for site in sites_of(self, model) if not isinstance(site, Decline)}
+        gone = next((proposal.site for proposal in proposals if proposal.site not in found), None)
+        if gone is not None:
+            raise ModelError(f"{self.name}: site '{gone}' is gone; an earlier rewrite consumed it")
+        order = {node: index for index, node in enumerate(model.graph)}
+
+        def place(proposal: Proposal) -> int:
+            nodes: Iterable[ir.Node] = found[proposal.site].nodes
+            return -max((order.get(node, -1) for node in nodes), default=-1)
+
+        with blamed(self):
+            for proposal in sorted(proposals, key=place):
+                self.rewrite(model, found[proposal.site], proposal)
 
     def describe(self) -> str:
         """Returns the name with the options that differ from their defaults, as ``--pass`` takes it."""
@@ -76,6 +91,42 @@ class Pass(abc.ABC):
             if getattr(self, field.name) != field.default
         ]
         return self.name + (":" + ",".join(changed) if changed else "")
+
+
+@contextlib.contextmanager
+def blamed(item: Pass) -> Iterator[None]:
+    """Names the pass in what goes wrong inside it: a third party's mistake is one line, not a traceback.
+
+    Raises:
+        ModelError: The pass raised something that is no error of this package.
+    """
+    try:
+        yield
+    except (OnnxCollapseError, MemoryError):
+        raise
+    except Exception as error:
+        logger.debug("pass '%s' failed", item.name, exc_info=True)
+        raise ModelError(
+            f"pass '{item.name}' failed with {type(error).__name__}: {error}; -vv shows where"
+        ) from error
+
+
+def sites_of(item: Pass, model: Model) -> list[Site | Decline]:
+    """Returns all sites of a pass; raises ModelError in the pass's name when it fails."""
+    with blamed(item):
+        return list(item.sites(model))
+
+
+def offers_of(item: Pass, site: Site, statistics: Statistics | None) -> list[Proposal | Decline]:
+    """Returns all that a pass proposes for a site; raises ModelError in the pass's name when it fails."""
+    with blamed(item):
+        return list(item.propose(site, statistics))
+
+
+def requests_of(item: Pass, site: Site) -> list[Request]:
+    """Returns the statistics that a pass needs for a site; raises ModelError in the pass's name when it fails."""
+    with blamed(item):
+        return list(item.requests(site))
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -162,3 +213,5 @@ def build(pass_type: type[Pass], options: Mapping[str, str]) -> Pass:
         return pass_type(**values)
     except ValueError as error:
         raise OptionError(f"pass '{pass_type.name}': {error}") from None
+    except TypeError as error:  # abstract: a method of the protocol is missing
+        raise OptionError(f"pass '{pass_type.name}' cannot be made: {error}; mend its class") from error

@@ -92,6 +92,23 @@ def test_a_model_that_no_runtime_takes(workspace, text_model):
     mentions(workspace.refused(*WITH_DATA), "cannot load", "Knows")
 
 
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("y = Add(x, nobody)", ["'nobody'", "nothing makes"]),
+        ("a = Add(x, b) b = Relu(a) y = Relu(b)", ["cycle"]),
+        ("y = Relu(x) y = Neg(x)", ["'y'"]),
+        ("z = Relu(x)", ["'y'"]),
+    ],
+)
+def test_models_whose_graph_is_broken(workspace, body, words):
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 17]> net (float[n,8] x) => (float[n,8] y) {{ {body} }}'
+    )
+    onnx.save(proto, workspace.folder / "model.onnx")
+    mentions(workspace.refused(*WITH_DATA), "model.onnx", *words)
+
+
 @pytest.fixture
 def external(workspace):
     """Saves the model with its weights at a location of the test's choice."""

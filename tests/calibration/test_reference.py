@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from onnxcollapse.calibration import Gram, Moments, Ref, collect, open_data
-from onnxcollapse.calibration.joining import join
 from onnxcollapse.errors import ModelError
-from onnxcollapse.model import edit
 
 rng = np.random.default_rng(3)
 X = rng.standard_normal((24, 4)).astype(np.float32)
@@ -57,25 +55,6 @@ def test_subgraphs_of_the_reference_read_its_own_tensors(build):
         np.testing.assert_allclose(got, -np.maximum(X @ weights(seed)["w"], 0).mean(0), rtol=1e-5)
 
 
-def test_a_branch_of_both_models_at_once_is_a_valid_graph(build):
-    model, reference = build(BRANCH, **weights(0)).clone(), build(BRANCH, **weights(1)).clone()
-    names = join(model, reference)
-    edit.check(model, full=True)
-    assert names["x"] == "x"
-    assert names["y"] == "reference/y"
-    assert [value.name for value in model.graph.inputs] == ["x", "flag"]
-
-
-def test_equal_weights_are_handed_over_once(build):
-    model = build(BRANCH, **weights(0))
-    twin, other = model.clone(), build(BRANCH, **weights(0))
-    names = join(merged := model.clone(), twin)
-    assert names["w"] == "w"
-    assert list(merged.graph.initializers) == ["w"]
-    join(merged := model.clone(), other.clone())
-    assert list(merged.graph.initializers) == ["w", "reference/w"]
-
-
 def test_inputs_that_only_the_reference_has_are_fed(build):
     """As after a layer was removed together with its cache."""
     reference = build(
@@ -116,8 +95,8 @@ def test_a_tensor_that_neither_has(build):
 def test_different_opsets(build):
     text = '<ir_version: 8, opset_import: ["" : {}]> g (float[N,4] x) => (float[N,4] y) {{ y = Neg(x) }}'
     model, reference = build(text.format(17)), build(text.format(13))
-    with pytest.raises(ModelError, match=r"different versions of operator set 'ai\.onnx'"):
-        means(model, reference, Ref("y", "reference"))
+    (got,) = means(model, reference, Ref("y", "reference"))
+    np.testing.assert_allclose(got, -X.mean(0), rtol=1e-4, atol=1e-7)
 
 
 def test_both_sources_in_one_gram(build):

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts a model at points of its spine into segments that run one after the other, each with its own weights only.
+
+::
+
+    inputs --> [segment 0] -- h1, masks --> [segment 1] -- h2 --> ... --> outputs
+
+What a node belongs to follows from the points its data has passed: a node that depends on the k-th point and on no
+later one is in segment k. So masks and rotary tables, which depend on no point, are computed once in segment 0 and
+carried to the segments that read them; constants are repeated where they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcollapse.calibration.sessions import UNREADABLE
+from onnxcollapse.model import Model
+from onnxcollapse.structure.blocks import layers
+from onnxcollapse.structure.channels import element_type
+from onnxcollapse.structure.constants import constant
+from onnxcollapse.structure.dominators import captured
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment by the names of its tensors.
+
+    Attributes:
+        index: Its place.
+        feeds: Inputs of the model that it reads.
+        reads: Tensors of earlier segments that it reads.
+        gives: Its tensors that later segments read.
+        outputs: Outputs of the model that it makes.
+        makes: All tensors that its nodes compute.
+    """
+
+    index: int
+    feeds: tuple[str, ...]
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    outputs: tuple[str, ...]
+    makes: frozenset[str]
+
+
+def cut_points(graph: ir.Graph) -> list[str]:
+    """Names of the tensors between a model's layers, from the first layer's input to the last one's output.
+
+    A net without repeated layers has none: it runs as one segment.
+    """
+    points: list[str] = []
+    for run in layers(graph):
+        points += [run[0].start.name or "", *(block.end.name or "" for block in run)]
+    ends = {value.name for value in (*graph.inputs, *graph.outputs)}
+    return [point for point in dict.fromkeys(points) if point and point not in ends]
+
+
+def plan_cuts(points: Sequence[str], weights: Sequence[int], limit: int) -> list[str]:
+    """Chooses among cut points so that no segment holds more weight than a limit, unless one stretch does.
+
+    Args:
+        points: All points, in order.
+        weights: Bytes of weights of each stretch: before the first point, between each two, behind the last.
+        limit: Largest bytes of one segment.
+
+    Returns:
+        The points to cut at.
+    """
+    chosen, held = [], weights[0]
+    for point, weight in zip(points, weights[1:], strict=True):
+        if held + weight > limit and held > 0:
+            chosen.append(point)
+            held = 0
+        held += weight
+    return chosen
+
+
+def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
+    """Cuts a graph at points, which need to be given in their order on the spine.
+
+    Args:
+        graph: The main graph.
+        points: Names of tensors; those that the graph does not have are passed over.
+    """
+    level = _levels(graph, points)
+    last = max(level.values(), default=0)
+    made: list[list[ir.Value]] = [[] for _ in range(last + 1)]
+    read: list[dict[ir.Value, None]] = [{} for _ in range(last + 1)]
+    home: dict[ir.Value, int] = {}
+    for node in graph:
+        place = _place(node, level)
+        if place is None:
+            continue
+        for value in _operands(node):
+            if constant(value) is None and (value in level or value.is_graph_input()):
+                read[place][value] = None
+        for value in node.outputs:
+            made[place].append(value)
+            home[value] = place
+    wanted = [
+        {value for value in group if home.get(value, place) != place} for place, group in enumerate(read)
+    ]
+    carried = set().union(*wanted)
+    return [
+        Segment(
+            index=place,
+            feeds=tuple(v.name or "" for v in read[place] if v.is_graph_input() and not v.is_initializer()),
+            reads=tuple(v.name or "" for v in read[place] if v in wanted[place] and not v.is_graph_input()),
+            gives=tuple(v.name or "" for v in made[place] if v in carried),
+            outputs=tuple(v.name or "" for v in graph.outputs if home.get(v, 0) == place),
+            makes=frozenset(v.name or "" for v in made[place]),
+        )
+        for place in range(last + 1)
+    ]
+
+
+def extract(model: Model, segment: Segment, outputs: Sequence[str]) -> Model:
+    """Builds a model of one segment, or of the part of it that some tensors need.
+
+    Args:
+        model: The whole model, which stays as it is; weights are shared.
+        segment: One of its segments.
+        outputs: Tensors of the segment to compute.
+
+    Returns:
+        A model whose inputs are the segment's feeds and reads, as far as they are needed.
+    """
+    names = [*segment.feeds, *segment.reads]
+    values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    bounds = [values[name] for name in names] + [v for v in model.graph.inputs if v.is_initializer()]
+    types = {name: element_type(values[name]) for name in names}
+    graph = ir.convenience.extract(model.graph, bounds, [values[name] for name in outputs])
+    read = {value for node in graph for value in _operands(node)} | set(graph.outputs)
+    graph.inputs[:] = [value for value in graph.inputs if value in read]
+    for value in graph.inputs:
+        if value.dtype is None:
+            value.dtype = types.get(value.name or "") or ir.DataType.FLOAT
+    _widen_inputs(graph)
+    for value in graph.outputs:
+        if value.dtype is None:
+            value.dtype = element_type(value) or ir.DataType.FLOAT
+    functions = tuple(function.clone() for function in model.ir.functions.values())
+    return Model(ir.Model(graph, ir_version=model.ir.ir_version, functions=functions), path=model.path)
+
+
+def _widen_inputs(graph: ir.Graph) -> None:
+    """Lets tensors that numpy cannot hold come in as float32, as sessions give them out, and casts them back."""
+    for index, value in enumerate(graph.inputs):
+        if value.dtype not in UNREADABLE:
+            continue
+        wide = ir.Value(name=value.name, type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+        cast = ir.node("Cast", [wide], {"to": int(value.dtype)})
+        cast.name = cast.outputs[0].name = f"{value.name}_narrow"
+        cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+        graph.inputs[index] = wide
+        value.name = None
+        value.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+        graph.insert_before(graph[0], cast)
+
+
+def _levels(graph: ir.Graph, points: Sequence[str]) -> dict[ir.Value, int]:
+    """For each tensor that data reaches, how many points it has passed."""
+    order = {name: number + 1 for number, name in enumerate(points)}
+    level: dict[ir.Value, int] = {v: 0 for v in graph.inputs if not v.is_initializer()}
+    for value in graph.inputs:
+        if value in level and value.name in order:
+            level[value] = order[value.name]
+    for node in graph:
+        place = _place(node, level)
+        if place is not None:
+            for value in node.outputs:
+                level[value] = max(place, order.get(value.name or "", 0))
+    return level
+
+
+def _place(node: ir.Node, level: Mapping[ir.Value, int]) -> int | None:
+    """The segment of a node; None for one that only constants lead to."""
+    known = [level[value] for value in _operands(node) if value in level]
+    return max(known, default=None)
+
+
+def _operands(node: ir.Node) -> list[ir.Value]:
+    return [value for value in (*node.inputs, *captured(node)) if value is not None]

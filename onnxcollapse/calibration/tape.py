@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays that wait on disk between two segments, batch by batch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+
+
+class Tape:
+    """Arrays by name and batch in temporary files without names: whatever ends the process, nothing of them is left.
+
+    They are read, not mapped, because mapped pages would count as resident memory.
+    """
+
+    def __init__(self) -> None:
+        self._reels: dict[str, _Reel] = {}
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Appends the next batch of a tensor."""
+        if name not in self._reels:
+            self._reels[name] = _Reel()
+        self._reels[name].put(array)
+
+    def get(self, name: str, batch: int) -> np.ndarray:
+        """Reads a batch of a tensor, the first one being 0."""
+        return self._reels[name].get(batch)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._reels
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forgets tensors and frees their space."""
+        for name in names:
+            reel = self._reels.pop(name, None)
+            if reel is not None:
+                reel.close()
+
+    def close(self) -> None:
+        """Forgets everything."""
+        self.drop(list(self._reels))
+
+
+class _Reel:
+    """One tensor's batches in one file."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the tape)
+        self._entries: list[tuple[int, tuple[int, ...], np.dtype]] = []
+        self._end = 0
+
+    def put(self, array: np.ndarray) -> None:
+        array = np.ascontiguousarray(array)
+        self._file.seek(self._end)
+        self._file.write(array.reshape(-1).view(np.uint8).data)
+        self._entries.append((self._end, array.shape, array.dtype))
+        self._end += array.nbytes
+
+    def get(self, batch: int) -> np.ndarray:
+        offset, shape, dtype = self._entries[batch]
+        array = np.empty(shape, dtype)
+        self._file.seek(offset)
+        self._file.readinto(array.reshape(-1).view(np.uint8).data)
+        return array
+
+    def close(self) -> None:
+        self._file.close()

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from onnxcollapse.calibration.data import DataPart, Dataset
 from onnxcollapse.calibration.masks import is_cache_name
 from onnxcollapse.calibration.providers import Provider, chain
-from onnxcollapse.calibration.sessions import Session, open_session
+from onnxcollapse.calibration.walk import Feeds, Walk
 from onnxcollapse.model.model import Model
 from onnxcollapse.verification import metrics
 
@@ -21,14 +19,20 @@ CACHE_BYTES = 256 << 20
 class Verifier:
     """Measures candidates against one reference on the same data.
 
-    The reference's outputs are kept where they are small, else its session is.
+    The reference's outputs are kept where they are small; else the states before its last segment are, on disk.
 
     Attributes:
         metric: Its metric's spec.
+        cuts: Where models are cut to be run.
     """
 
     def __init__(
-        self, reference: Model, data: Dataset, metric: str = "rel-l2", provider: str = "auto"
+        self,
+        reference: Model,
+        data: Dataset,
+        metric: str = "rel-l2",
+        provider: str = "auto",
+        cuts: Sequence[str] = (),
     ) -> None:
         """Prepares a verifier; the reference runs when it is first needed.
 
@@ -37,16 +41,17 @@ class Verifier:
             data: Data for it.
             metric: Metric spec.
             provider: See open_session; all models run on it.
+            cuts: Tensors to cut the models at, so that one segment's weights are in memory at a time.
 
         Raises:
             MetricError: The metric is unknown.
         """
-        self.metric = metric
+        self.metric, self.cuts = metric, tuple(cuts)
         metrics.metric(metric)
         self._reference = reference.clone()
         self._data, self._provider = data, provider
-        self._session: Session | None = None
-        self._cache: dict[tuple[DataPart, int | None], list[dict[str, np.ndarray]]] = {}
+        self._walks: dict[tuple[DataPart, int | None], Walk] = {}
+        self._cache: dict[tuple[DataPart, int | None], list[Feeds]] = {}
         self._cached_bytes = 0
         self._obtained: Provider | None = None
 
@@ -71,18 +76,27 @@ class Verifier:
             ModelError: The candidate cannot run.
         """
         result = metrics.metric(self.metric)
-        wanted = self._wanted(model)
-        with open_session(model, provider=self._provider, outputs=wanted) as session:
-            for batch, reference in self._references(part, limit):
-                result.update(session.run(batch), reference, batch)
-            self._obtained = session.provider
+        for batch, outputs, reference in self._pairs(model, part, limit):
+            result.update(outputs, reference, batch)
         return result.value()
 
+    def _pairs(self, model: Model, part: DataPart, limit: int | None) -> Iterator[tuple[Feeds, Feeds, Feeds]]:
+        """Every batch with the candidate's and the reference's outputs; only the last segment's are in memory."""
+        wanted = self._wanted(model)
+        walk = Walk(model, self._data, self.cuts, parts=[part], limit=limit, provider=self._provider)
+        try:
+            walk.run(wanted)
+            for step, reference in zip(walk.finish(wanted), self._references(part, limit), strict=True):
+                yield step.batch, step.outputs, reference
+            self._obtained = walk.provider
+        finally:
+            walk.close()
+
     def close(self) -> None:
-        """Frees the reference's session and its outputs."""
-        if self._session is not None:
-            self._session.close()
-        self._session = None
+        """Frees the reference's states and outputs."""
+        for walk in self._walks.values():
+            walk.close()
+        self._walks.clear()
         self._cache.clear()
         self._cached_bytes = 0
 
@@ -92,34 +106,34 @@ class Verifier:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _wanted(self, model: Model) -> list[str] | None:
+    def _wanted(self, model: Model) -> list[str]:
         """All outputs for a user's metric; what it takes to run without the caches for a built-in one."""
         names = [spec.name for spec in model.signature().outputs]
         if self.metric not in metrics.METRICS:
             return names
         return [name for name in names if not is_cache_name(name)] or names
 
-    def _references(
-        self, part: DataPart, limit: int | None
-    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-        """Every batch with the reference's outputs, from memory where they are there."""
+    def _references(self, part: DataPart, limit: int | None) -> Iterator[Feeds]:
+        """The reference's outputs batch by batch: from memory where they are there, else from its last segment."""
         key = (part, limit)
         if key in self._cache:
-            yield from zip(self._data.batches(part, limit), self._cache[key], strict=True)
+            yield from self._cache[key]
             return
-        if self._session is None:
-            wanted = self._wanted(self._reference)
-            self._session = open_session(self._reference, provider=self._provider, outputs=wanted)
-        kept: list[dict[str, np.ndarray]] | None = []
+        wanted = self._wanted(self._reference)
+        if key not in self._walks:
+            walk = Walk(self._reference, self._data, self.cuts, parts=[part], limit=limit, provider=self._provider)
+            self._walks[key] = walk
+            walk.run(wanted)
+        kept: list[Feeds] | None = []
         size = 0
-        for batch in self._data.batches(part, limit):
-            outputs = self._session.run(batch)
-            size += sum(getattr(array, "nbytes", 0) for array in outputs.values())
+        for step in self._walks[key].finish(wanted):
+            size += sum(getattr(array, "nbytes", 0) for array in step.outputs.values())
             if kept is not None and self._cached_bytes + size <= CACHE_BYTES:
-                kept.append(outputs)
+                kept.append(step.outputs)
             else:
                 kept = None
-            yield batch, outputs
+            yield step.outputs
         if kept is not None:
             self._cache[key] = kept
             self._cached_bytes += size
+            self._walks.pop(key).close()

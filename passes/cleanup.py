@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxcollapse.calibration.statistics import Statistics
-from onnxcollapse.model import Model, edit, size
+from onnxcollapse.model import Model, edit, size, walk
 from onnxcollapse.rewriting import Decline, GraphSite, Pass, Proposal, Saving
 
 
@@ -70,19 +70,47 @@ RANDOM = frozenset(
 )
 """Operators whose two equal calls need not give equal results."""
 
+UNHASHABLE = frozenset(
+    {
+        ir.AttributeType.TENSORS,
+        ir.AttributeType.SPARSE_TENSORS,
+        ir.AttributeType.TYPE_PROTO,
+        ir.AttributeType.TYPE_PROTOS,
+    }
+)
+"""Attributes that the library's elimination (onnx_ir 1.1) fails on."""
+
 
 def _clean(model: Model) -> None:
-    graphs = list(model.ir.graphs()) + [function.graph for function in model.ir.functions.values()]
-    for graph in graphs:
-        for node in list(graph):
-            if node.op_type == "Identity" and node.domain == "":
-                _bypass(graph, node)
-    if not any(node.op_type in RANDOM for graph in graphs for node in graph):
-        common.CommonSubexpressionEliminationPass()(model.ir)
+    for root in (model.graph, *(function.graph for function in model.ir.functions.values())):
+        for graph in list(walk.nested(root)):
+            for node in list(graph):
+                if node.op_type == "Identity" and node.domain == "":
+                    _bypass(root, graph, node)
+    if all(_is_comparable(node) for graph in walk.graphs(model.ir) for node in graph):
+        _merge_duplicates(model)
     edit.prune(model)
 
 
-def _bypass(graph: ir.Graph, node: ir.Node) -> None:
+def _is_comparable(node: ir.Node) -> bool:
+    """Whether the library's elimination can tell what the node computes from its operands and attributes."""
+    kinds = {attribute.type for attribute in node.attributes.values()}
+    return node.op_type not in RANDOM and not kinds & UNHASHABLE
+
+
+def _merge_duplicates(model: Model) -> None:
+    """Runs the library's pass, which lets a graph output take type and shape of the tensor that it merges with."""
+    declared = [
+        (value.type, value.shape, value.doc_string, dict(value.metadata_props))
+        for value in model.graph.outputs
+    ]
+    common.CommonSubexpressionEliminationPass()(model.ir)
+    for value, (kind, shape, doc_string, metadata) in zip(model.graph.outputs, declared, strict=True):
+        value.type, value.shape, value.doc_string = kind, shape, doc_string
+        value.metadata_props.update(metadata)
+
+
+def _bypass(root: ir.Graph, graph: ir.Graph, node: ir.Node) -> None:
     """Lets the users of an Identity read its input.
 
     An Identity that produces a graph output stays where its input is no tensor that this graph computes for itself
@@ -96,6 +124,6 @@ def _bypass(graph: ir.Graph, node: ir.Node) -> None:
         producer = source.producer()
         if source.is_graph_output() or producer is None or producer.graph is not graph:
             return
-    edit.replace_value(graph, copy, source)
+    edit.replace_value(root, copy, source)
     if not copy.uses() and not copy.is_graph_output():
         graph.remove(node)

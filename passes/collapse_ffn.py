@@ -135,6 +135,8 @@ class CollapseFfn(Pass):
             return f"activation {site.activation} cannot be folded: {why} (tolerance {self.tolerance:g})"
         if site.up.axis != site.down.axis:
             return "input and output have their channels on different axes"
+        if site.up.dtype != site.down.dtype:
+            return f"input is {site.up.dtype.name.lower()}, output {site.down.dtype.name.lower()}: no one map is both"
         h, p, q = site.d_hidden, site.d_in, site.d_out
         if h * (p + q + 1) <= p * q:
             return (

@@ -251,7 +251,9 @@ class _Probing:
             _refuse(ref, self._sweep._model)
         name = ref.value if value.is_graph_input() and key == ref.value else f"{PREFIX}_fed_{len(self._fed)}"
         shape = None if value.shape is None else value.shape.copy()
-        fed = ir.Value(name=name, type=ir.TensorType(_readable(element_type(value))), shape=shape)
+        tape = self._sweep._extra
+        known = ir.DataType.from_numpy(tape.dtype(key)) if key in tape else _readable(element_type(value))
+        fed = ir.Value(name=name, type=ir.TensorType(known), shape=shape)
         scratch.graph.inputs.append(fed)
         self._fed[name] = key
         return name
@@ -291,38 +293,50 @@ def _accumulator(request: Request) -> _GramAccumulator | _MomentAccumulator:
 
 
 class _GramAccumulator:
-    """Sums Z'Z of centred batches as raw products of [1, x...] in float64."""
+    """Sums the panels of Z'Z of centred batches in float64, and undoes the centring once at the end."""
 
     def __init__(self, request: Gram) -> None:
         self._request = request
-        self._matrix: np.ndarray | None = None
+        self._panels: list[np.ndarray] = []
         self._widths: tuple[int, ...] = ()
+        self._shifts: list[np.ndarray] = []
+        self._totals: list[np.ndarray] = []
 
     def add(self, probes: ProbeSet, outputs: Mapping[str, np.ndarray]) -> None:
-        """Adds a batch.
-
-        With z = x - s the sums of x are x'x = z'z + s't + t's + n s's for t = sum z: one product of rank 2.
-        The leading column is 1 in both, so its shift is 0 there and its t is n.
-        """
+        """Adds a batch."""
         refs = self._request.refs
         means = [outputs[probes.mean(ref)][0].astype(np.float64) for ref in refs]
         for ref, mean in zip(refs, means, strict=True):
             _require_finite(mean, ref)
-        batch = outputs[probes.sums(self._request)]
-        _require_finite(batch, refs[0])
-        if self._matrix is None:
+        panels = [outputs[name] for name in probes.sums(self._request)]
+        for ref, panel in zip(refs, panels, strict=True):
+            _require_finite(panel, ref)
+        if not self._panels:
             self._widths = tuple(len(mean) for mean in means)
-            self._matrix = np.zeros(batch.shape)
-        self._matrix += batch
-        shift = np.concatenate([[0.0], *means])
-        sums = batch[0].astype(np.float64)
-        self._matrix += np.stack([shift, sums], 1) @ np.stack([sums + sums[0] * shift, shift])
+            self._panels = [np.zeros(panel.shape) for panel in panels]
+        for total, panel in zip(self._panels, panels, strict=True):
+            total += panel
+        self._shifts.append(np.concatenate([[0.0], *means]))
+        self._totals.append(panels[0][0].astype(np.float64))
 
     def result(self) -> GramMatrix:
-        """The sums so far, exactly symmetric."""
-        if self._matrix is None:
+        """The sums so far, exactly symmetric.
+
+        With z = x - s in a batch of n rows the sums of x are x'x = z'z + s't + t's + n s's for t = sum z. The leading
+        column is 1 in both, so its shift is 0 there and its t is n.
+        """
+        if not self._panels:
             raise DataError("no batch of calibration data reached the model; give more samples")
-        matrix = (self._matrix + self._matrix.T) / 2
+        matrix = np.zeros((len(self._shifts[0]), len(self._shifts[0])))
+        start = 0
+        for panel in self._panels:
+            matrix[start : start + len(panel), start:] = panel
+            start += len(panel)
+        upper = np.triu(matrix)
+        matrix = upper + np.triu(matrix, 1).T
+        shifts, totals = np.stack(self._shifts), np.stack(self._totals)
+        cross = shifts.T @ (totals + totals[:, :1] * shifts / 2)
+        matrix += cross + cross.T
         return GramMatrix(float(matrix[0, 0]), self._request.refs, self._widths, matrix)
 
 
@@ -336,7 +350,7 @@ class _MomentAccumulator:
     def add(self, probes: ProbeSet, outputs: Mapping[str, np.ndarray]) -> None:
         """Adds a batch."""
         ref = self._request.tensor
-        rows = outputs[probes.sums(self._request)].astype(np.float64)
+        rows = outputs[probes.sums(self._request)[0]].astype(np.float64)
         _require_finite(rows, ref)
         count = float(outputs[probes.count(ref)][0, 0])
         if count == 0:

@@ -57,14 +57,15 @@ class ProbeSet:
         self._nodes = 0
         self._counts: dict[Ref, ir.Value] = {}
         self._means: dict[Ref, ir.Value] = {}
-        self._sums: dict[Request, ir.Value] = {}
+        self._sums: dict[Request, list[ir.Value]] = {}
 
     def add(self, requests: Iterable[Request], keep: Sequence[str] = ()) -> None:
         """Adds the probes of these requests and leaves nothing but them and the tensors to keep in the clone."""
         for request in requests:
-            self._sums[request] = self._gram(request) if isinstance(request, Gram) else self._moments(request)
+            self._sums[request] = self._gram(request) if isinstance(request, Gram) else [self._moments(request)]
         kept = [self._values[name] for name in keep]
-        used = [*kept, *self._counts.values(), *self._means.values(), *self._sums.values()]
+        sums = [value for panels in self._sums.values() for value in panels]
+        used = [*kept, *self._counts.values(), *self._means.values(), *sums]
         self._graph.outputs[:] = list(dict.fromkeys(used))
         edit.prune(self._scratch)
 
@@ -76,20 +77,32 @@ class ProbeSet:
         """The output that holds the batch's mean of a tensor, the shift of its columns, [1, C]."""
         return self._means[self._own(ref)].name or ""
 
-    def sums(self, request: Request) -> str:
-        """The output of a request: a Gram's Z'Z [1 + sum C] squared, moments [7, C] in MOMENT_ROWS' order."""
-        return self._sums[request].name or ""
+    def sums(self, request: Request) -> list[str]:
+        """The outputs of a request: the row panels of a Gram's Z'Z, or moments [7, C] in MOMENT_ROWS' order.
+
+        A panel holds the rows of one tensor (the first one's with the 1 before them) from their own columns on: Z'Z is
+        symmetric, and what lies left of that is not computed.
+        """
+        return [value.name or "" for value in self._sums[request]]
 
     @property
     def needs_rows(self) -> bool:
         """Whether the clone has the input ROWS_INPUT: float32 [R + 1], a weight a row and a 1 behind them."""
         return self._rows_input is not None
 
-    def _gram(self, request: Gram) -> ir.Value:
+    def _gram(self, request: Gram) -> list[ir.Value]:
         refs = [self._own(ref) for ref in request.refs]
-        columns = [self._ones(refs[0]), *(self._centred(ref) for ref in refs)]
-        stacked = self._op("Concat", columns, axis=1)
-        return self._op("MatMul", [self._op("Transpose", [stacked], perm=[1, 0]), stacked])
+        first, *others = [self._centred(ref) for ref in refs]
+        chunks = [[self._ones(refs[0]), first], *([column] for column in others)]
+        return [
+            self._product(chunk, [column for group in chunks[place:] for column in group])
+            for place, chunk in enumerate(chunks)
+        ]
+
+    def _product(self, left: list[ir.Value], right: list[ir.Value]) -> ir.Value:
+        rows = left[0] if len(left) == 1 else self._op("Concat", left, axis=1)
+        others = right[0] if len(right) == 1 else self._op("Concat", right, axis=1)
+        return self._op("MatMul", [self._op("Transpose", [rows], perm=[1, 0]), others])
 
     def _moments(self, request: Moments) -> ir.Value:
         ref = self._own(request.tensor)

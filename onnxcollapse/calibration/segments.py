@@ -117,13 +117,16 @@ def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
     ]
 
 
-def extract(model: Model, segment: Segment, outputs: Sequence[str]) -> Model:
+def extract(
+    model: Model, segment: Segment, outputs: Sequence[str], types: Mapping[str, ir.DataType] | None = None
+) -> Model:
     """Builds a model of one segment, or of the part of it that some tensors need.
 
     Args:
         model: The whole model, which stays as it is; weights are shared.
         segment: One of its segments.
         outputs: Tensors of the segment to compute.
+        types: Element types of what it reads, for models that do not declare them.
 
     Returns:
         A model whose inputs are the segment's feeds and reads, as far as they are needed.
@@ -131,17 +134,14 @@ def extract(model: Model, segment: Segment, outputs: Sequence[str]) -> Model:
     names = [*segment.feeds, *segment.reads]
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     bounds = [values[name] for name in names] + [v for v in model.graph.inputs if v.is_initializer()]
-    types = {name: element_type(values[name]) for name in names}
+    known = {name: element_type(values[name]) or (types or {}).get(name) for name in names}
     graph = ir.convenience.extract(model.graph, bounds, [values[name] for name in outputs])
     read = {value for node in graph for value in _operands(node)} | set(graph.outputs)
     graph.inputs[:] = [value for value in graph.inputs if value in read]
     for value in graph.inputs:
         if value.dtype is None:
-            value.dtype = types.get(value.name or "") or ir.DataType.FLOAT
+            value.dtype = known.get(value.name or "") or ir.DataType.FLOAT
     _widen_inputs(graph)
-    for value in graph.outputs:
-        if value.dtype is None:
-            value.dtype = element_type(value) or ir.DataType.FLOAT
     functions = tuple(function.clone() for function in model.ir.functions.values())
     return Model(ir.Model(graph, ir_version=model.ir.ir_version, functions=functions), path=model.path)
 

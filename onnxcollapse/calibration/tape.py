@@ -28,6 +28,10 @@ class Tape:
         """Reads a batch of a tensor, the first one being 0."""
         return self._reels[name].get(batch)
 
+    def dtype(self, name: str) -> np.dtype:
+        """Element type of a tensor."""
+        return self._reels[name].dtype
+
     def __contains__(self, name: str) -> bool:
         return name in self._reels
 
@@ -50,6 +54,10 @@ class _Reel:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the tape)
         self._entries: list[tuple[int, tuple[int, ...], np.dtype]] = []
         self._end = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._entries[0][2]
 
     def put(self, array: np.ndarray) -> None:
         array = np.ascontiguousarray(array)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcollapse.calibration.data import DataPart, Dataset
 from onnxcollapse.calibration.providers import Provider
@@ -110,7 +111,8 @@ class Walk:
         if not outputs and amend is None:
             return
         ends = outputs if amend is None else dict.fromkeys([*outputs, *segment.gives, *segment.outputs])
-        scratch = extract(source, segment, list(ends))
+        types = {name: ir.DataType.from_numpy(self.tape.dtype(name)) for name in segment.reads}
+        scratch = extract(source, segment, list(ends), types)
         more = None if amend is None else amend(scratch)
         self.tape.drop(gives)
         with adopt(scratch, self._requested) as session:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from onnxcollapse.errors import MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.journal import Entry, Journal
-from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving
-from onnxcollapse.rewriting.selection import Candidate, admit, compatible
+from onnxcollapse.rewriting.selection import Candidate, admit, compatible, node_key
 from onnxcollapse.rewriting.transaction import Transaction, extent
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,10 @@ class ExactStage:
         return not (item.on_request and any(entry.pass_name == item.describe() for entry in self._journal))
 
     def _run_pass(self, item: Pass, verify: bool) -> bool:
-        """Applies all that one pass proposes in one transaction; halves it when that fails."""
+        """Applies all that one pass proposes in one transaction; halves it when that fails.
+
+        What the pass itself does not expect to pay is applied by itself: no saving of another may hide what it costs.
+        """
         kept: list[Candidate] = []
         reasons: dict[str, str] = {}
 
@@ -106,21 +109,24 @@ class ExactStage:
             site, variant = candidate.proposal.site, candidate.proposal.variant
             self._journal.add(Entry("declined", item.describe(), site, variant, reasons[site]))
 
-        admit(self._candidates(item), attempt, refuse)
+        candidates = self._candidates(item)
+        paying = [candidate for candidate in candidates if candidate.proposal.saving.objection() is None]
+        admit(paying, attempt, refuse)
+        for candidate in candidates:
+            if candidate not in paying:
+                admit([candidate], attempt, refuse)
         return bool(kept)
 
     def _candidates(self, item: Pass) -> list[Candidate]:
         found = []
-        for position, site in enumerate(item.sites(self._model)):
-            declined = [site] if isinstance(site, Decline) else []
-            offers: list[Proposal] = []
-            if not isinstance(site, Decline):
-                for offer in item.propose(site, None):
-                    declined.append(offer) if isinstance(offer, Decline) else offers.append(offer)
-            for decline in declined:
-                self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
+        for position, site in enumerate(sites_of(item, self._model)):
+            said = [site] if isinstance(site, Decline) else offers_of(item, site, None)
+            for decline in said:
+                if isinstance(decline, Decline):
+                    self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
+            offers = [offer for offer in said if isinstance(offer, Proposal)]
             if offers and not isinstance(site, Decline):
-                nodes = frozenset(node.name or str(id(node)) for node in site.nodes)
+                nodes = frozenset(map(node_key, site.nodes))
                 found.append(Candidate(item, offers[0], position, nodes))
         return compatible(found)
 

@@ -22,10 +22,17 @@ from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
-from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.passes import Pass, offers_of, requests_of, sites_of
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving, Site
-from onnxcollapse.rewriting.selection import Candidate, admit, affordable, ranked, reaching
+from onnxcollapse.rewriting.selection import (
+    Candidate,
+    admit,
+    affordable,
+    node_key,
+    ranked,
+    reaching,
+)
 from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
 
@@ -40,7 +47,7 @@ MAX_ROUNDS = 12
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Place:
-    """A site of a pass, where in the graph it begins, and the names of its nodes."""
+    """A site of a pass, where in the graph it begins, and the keys of its nodes."""
 
     maker: Pass
     site: Site
@@ -101,6 +108,8 @@ class LossyStage:
         self._whole = extent(original, self._shapes)
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self._closed: set[tuple[str, str, frozenset[str]]] = set()
+        self._waiting: dict[tuple[str, str, str], Candidate] = {}
+        self._taken: list[Candidate] = []
         self._failure = _Failure()
         self.error = verifier.error(model)
         self.changed = False
@@ -110,6 +119,9 @@ class LossyStage:
         for number in range(MAX_ROUNDS):
             if not self._passes or self._missing() <= 0 or not self._round(number):
                 break
+        done = {other.key[:2] for other in self._taken}
+        for candidate in [other for key, other in self._waiting.items() if key[:2] not in done]:
+            self._note(candidate, "declined", self._why_passed_over(candidate))
 
     def _missing(self) -> float:
         """How much still has to be saved for the target; infinite without one, so that all that fits is saved."""
@@ -125,6 +137,7 @@ class LossyStage:
         """Prices, chooses and applies; returns whether another round has something new to look at."""
         start = self._model.clone()
         priced = self._price(start, self._candidates(start), number)
+        self._waiting |= {candidate.key: candidate for candidate in priced}
         measure = self._budget.target.measure if self._budget.target else "params"
         queue = ranked(priced, measure)
         kept: list[Candidate] = []
@@ -154,12 +167,12 @@ class LossyStage:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
         order = {node: index for index, node in enumerate(model.graph)}
         places = [place for item in self._passes for place in self._places(item, model, order)]
-        requests = [request for place in places for request in place.maker.requests(place.site)]
+        requests = [request for place in places for request in requests_of(place.maker, place.site)]
         statistics = self._collect(model, requests, self._reference if self.changed else None)
         found = []
         for place in places:
             offers = []
-            for offer in place.maker.propose(place.site, statistics):
+            for offer in offers_of(place.maker, place.site, statistics):
                 if isinstance(offer, Decline):
                     self._decline(place.maker, offer)
                 else:
@@ -174,13 +187,13 @@ class LossyStage:
         """Finds a pass's sites but for those that were refused already and have not changed since."""
         if item.on_request and any(entry.pass_name == item.describe() for entry in self._journal):
             return  # applied or refused already, and meant to run once
-        for site in item.sites(model):
+        for site in sites_of(item, model):
             if isinstance(site, Decline):
                 self._decline(item, site)
                 continue
             nodes = [node for node in site.nodes if node in order]
-            names = frozenset(node.name or str(order[node]) for node in nodes)
-            place = _Place(item, site, min((order[node] for node in nodes), default=0), names)
+            first = min((order[node] for node in nodes), default=0)
+            place = _Place(item, site, first, frozenset(map(node_key, nodes)))
             if place.key not in self._closed:
                 yield place
 
@@ -191,10 +204,11 @@ class LossyStage:
             for candidate in candidates:
                 task.advance()
                 reason, saving, impact = self._trial(start, whole, candidate)
+                tried = dataclasses.replace(candidate, saving=saving, impact=impact)
                 if reason is None:
-                    priced.append(dataclasses.replace(candidate, saving=saving, impact=impact))
+                    priced.append(tried)
                 else:
-                    self._refuse(candidate, "declined", reason, saving=saving, impact=impact)
+                    self._refuse(tried, "declined", reason)
         return priced
 
     def _trial(self, start: Model, whole: Saving, candidate: Candidate) -> tuple[str | None, Saving, float]:
@@ -204,7 +218,7 @@ class LossyStage:
         except ModelError as error:
             return str(error), Saving(), math.inf
         saving = whole - extent(trial, self._shapes)
-        objection = None if candidate.maker.on_request else saving.objection()
+        objection = self._objection(candidate.maker, saving)
         if objection is not None:
             return objection, saving, math.inf
         try:
@@ -212,7 +226,7 @@ class LossyStage:
         except (MetricError, ModelError) as error:
             return str(error), saving, math.inf  # an output is another one, or no runtime takes the model
         if not math.isfinite(impact):
-            return "the outputs are no numbers any more", saving, impact
+            return "its error at the outputs is not finite", saving, impact
         if impact > self._budget.cap:
             return (
                 f"alone it moves the outputs by {impact:.4g}, over the budget of {self._budget.cap:g}",
@@ -220,6 +234,15 @@ class LossyStage:
                 impact,
             )
         return None, saving, impact
+
+    def _objection(self, maker: Pass, saving: Saving) -> str | None:
+        """Says why a rewrite with this saving is not wanted, or None."""
+        if maker.on_request:
+            return None
+        target = self._budget.target
+        if target is not None and saving.of(target.measure) <= 0:
+            return f"saves no {target.measure}, which the target names"
+        return saving.objection()
 
     @staticmethod
     def _apply(model: Model, maker: Pass, proposal: Proposal) -> None:
@@ -241,24 +264,13 @@ class LossyStage:
             self._failure = _Failure(f"{held_out}, over the budget of {self._budget.cap:g}", error)
             return False
         kept.extend(group)
+        self._taken.extend(group)
         self._model.ir = trial.ir
         self.changed = True
         self.error = error
         for candidate in group:
             proposal = done[candidate.key]
-            self._journal.add(
-                Entry(
-                    "kept",
-                    candidate.maker.describe(),
-                    proposal.site,
-                    proposal.variant,
-                    proposal.detail,
-                    proposal.predicted_error,
-                    candidate.impact,
-                    error,
-                    candidate.saving,
-                )
-            )
+            self._note(dataclasses.replace(candidate, proposal=proposal), "kept", proposal.detail, error)
         return True
 
     def _realize(
@@ -277,15 +289,15 @@ class LossyStage:
 
     def _refit(self, model: Model, candidate: Candidate) -> Proposal:
         """Proposes the same variant again with features of `model` as it is now and targets of the original."""
-        sites = (site for site in candidate.maker.sites(model) if not isinstance(site, Decline))
+        sites = (site for site in sites_of(candidate.maker, model) if not isinstance(site, Decline))
         site = next((site for site in sites if site.name == candidate.proposal.site), None)
         if site is None:
             raise ModelError(f"site '{candidate.proposal.site}' is gone; an earlier rewrite consumed it")
-        requests = candidate.maker.requests(site)
+        requests = requests_of(candidate.maker, site)
         if not requests:
             return candidate.proposal
         statistics = self._collect(model, requests, self._reference)
-        for offer in candidate.maker.propose(site, statistics):
+        for offer in offers_of(candidate.maker, site, statistics):
             if isinstance(offer, Proposal) and offer.variant == candidate.proposal.variant:
                 return offer
         return candidate.proposal
@@ -311,35 +323,31 @@ class LossyStage:
         self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
 
     def _roll_back(self, candidate: Candidate) -> None:
-        saving, impact, failure = candidate.saving, candidate.impact, self._failure
-        self._refuse(
-            candidate, "rolled-back", failure.reason, saving=saving, impact=impact, error=failure.error
-        )
+        self._refuse(candidate, "rolled-back", self._failure.reason, self._failure.error)
 
     def _refuse(
-        self,
-        candidate: Candidate,
-        outcome: Outcome,
-        reason: str,
-        *,
-        saving: Saving,
-        impact: float,
-        error: float | None = None,
+        self, candidate: Candidate, outcome: Outcome, reason: str, error: float | None = None
     ) -> None:
         """Notes a candidate's end; it is not tried again unless its site changes."""
         self._refused.add((candidate.key, candidate.nodes))
-        proposal, maker = candidate.proposal, candidate.maker.describe()
-        known = impact if math.isfinite(impact) else None
+        self._note(candidate, outcome, reason, error)
+
+    def _why_passed_over(self, candidate: Candidate) -> str:
+        """Says why a candidate that could have been kept was not tried in the end."""
+        for other in self._taken:
+            if other.nodes & candidate.nodes:
+                what = f"'{other.proposal.variant}' at '{other.proposal.site}'".removeprefix("'' at ")
+                return f"alone it fits, but {what} was kept instead"
+        met = self._missing() <= 0
+        return "alone it fits, but " + (
+            "the target was reached without it" if met else "the rounds ended first"
+        )
+
+    def _note(self, candidate: Candidate, outcome: Outcome, reason: str, error: float | None = None) -> None:
+        self._waiting.pop(candidate.key, None)
+        maker, site, variant = candidate.key
+        predicted = candidate.proposal.predicted_error
+        impact = candidate.impact if math.isfinite(candidate.impact) else None
         self._journal.add(
-            Entry(
-                outcome,
-                maker,
-                proposal.site,
-                proposal.variant,
-                reason,
-                proposal.predicted_error,
-                known,
-                error,
-                saving,
-            )
+            Entry(outcome, maker, site, variant, reason, predicted, impact, error, candidate.saving)
         )

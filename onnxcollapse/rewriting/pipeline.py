@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset
 from onnxcollapse.errors import BudgetNotMetError
-from onnxcollapse.model import Model, Size, flops, provenance, size
+from onnxcollapse.model import Model, Size, flops, provenance, size, walk
 from onnxcollapse.rewriting.budget import Budget, Target
 from onnxcollapse.rewriting.exact import ExactStage
 from onnxcollapse.rewriting.journal import Entry, Journal
@@ -111,8 +111,7 @@ class Result:
 def _tolerance(model: Model) -> float:
     """Returns the error at the outputs that reassociated arithmetic alone explains in the model's narrowest type."""
     narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return 1e-2 if any(tensor is not None and tensor.dtype in narrow for tensor in tensors) else 1e-4
+    return 1e-2 if any(tensor.dtype in narrow for tensor in walk.tensors(model.ir)) else 1e-4
 
 
 def _exactness(
@@ -189,8 +188,9 @@ def optimize(
         )
         stage.run()
         if stage.changed:
-            reached = verifier.error(work)
-            ExactStage(work, exact, journal, lambda m: verifier.error(m) - reached, _tolerance(model)).run()
+            kept = work.clone()
+            measured = _exactness(kept, data, Verifier(kept, data, budget.metric, provider), provider)
+            ExactStage(work, exact, journal, measured, _tolerance(model)).run()
     elif lossy:
         for item in lossy:
             journal.add(Entry("declined", item.describe(), "graph", reason=NEEDS_DATA))
@@ -201,9 +201,9 @@ def optimize(
     shapes = data.shapes() if data is not None else None
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
-    kept = journal.of("kept")
-    if kept:
-        provenance.record(work, "passes", " ".join(dict.fromkeys(entry.pass_name for entry in kept)))
+    done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
+    if done:
+        provenance.record(work, "passes", " ".join(done))
     obtained = verifier.provider.obtained if verifier is not None else ""
     journal.facts["provider"] = {"requested": provider, "obtained": obtained or None}
     result = Result(
@@ -236,10 +236,12 @@ def shortfall(result: Result) -> str | None:
     """Says what a result misses, or None when budget and target are met."""
     if result.met:
         return None
-    wanted = f"target {result.budget.target}" if result.budget.target else f"budget {result.budget.error}"
-    share = result.after.params / max(result.before.params, 1)
+    target = result.budget.target
+    wanted = f"target {target}" if target else f"budget {result.budget.error}"
+    measure = target.measure if target else "params"
+    before, after = result.extent(measure)
     error = "not measured" if result.error is None else f"{result.error:.4g}"
-    return f"{wanted} not met: {share:.1%} of the parameters are left, error {error}"
+    return f"{wanted} not met: {after / max(before, 1):.1%} of the {measure} are left, error {error}"
 
 
 def require_met(result: Result) -> None:

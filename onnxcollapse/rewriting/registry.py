@@ -39,6 +39,10 @@ def load(name: str) -> type[Pass]:
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
         raise OptionError(f"pass '{name}' ({point.value}) is no subclass of onnxcollapse.Pass")
+    if loaded.name != name:
+        raise OptionError(
+            f"pass '{name}' ({point.value}) calls itself '{loaded.name}'; give its class name = '{name}'"
+        )
     return loaded
 
 
@@ -62,4 +66,4 @@ def defaults() -> list[Pass]:
     """Returns every registered pass that runs without options, exact ones first, in order of their names."""
     kinds = [load(name) for name in names()]
     suited = [kind for kind in kinds if all(default != "required" for *_, default in describe_options(kind))]
-    return sorted((kind() for kind in suited), key=lambda made: (not made.exact, made.name))
+    return sorted((build(kind, {}) for kind in suited), key=lambda made: (not made.exact, made.name))

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import onnx_ir as ir
+
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Proposal, Saving
 
@@ -17,7 +19,7 @@ class Candidate:
     Attributes:
         maker: The pass that proposed it.
         position: Index of the site in graph order; rewrites are applied front to back.
-        nodes: Names of the nodes that the site holds; candidates that share one exclude each other.
+        nodes: Keys of the nodes that the site holds; candidates that share one exclude each other.
         saving: Measured by applying it alone.
         impact: Error at the outputs of it alone, on a sample.
     """
@@ -35,6 +37,11 @@ class Candidate:
         return self.maker.describe(), self.proposal.site, self.proposal.variant
 
 
+def node_key(node: ir.Node) -> str:
+    """Identifies a node in every copy of its graph, a nameless one too; one that a rewrite put in its place differs."""
+    return f"{node.name or ''}->{next((value.name for value in node.outputs if value.name), '')}"
+
+
 def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Keeps each candidate that shares no node with one before it."""
     taken: set[str] = set()
@@ -47,11 +54,15 @@ def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def ranked(candidates: Sequence[Candidate], measure: str = "params") -> list[Candidate]:
-    """Orders candidates by error per unit saved, cheapest first, and leaves out those that exclude each other."""
+    """Orders candidates by error per unit saved, cheapest first, and leaves out those that exclude each other.
 
-    def price(candidate: Candidate) -> tuple[float, int]:
+    What was asked for by name comes before all that is only chosen.
+    """
+
+    def price(candidate: Candidate) -> tuple[bool, float, int]:
         saved = candidate.saving.of(measure)
-        return (candidate.impact / saved if saved > 0 else float("inf"), candidate.position)
+        cost = candidate.impact / saved if saved > 0 else float("inf")
+        return not candidate.maker.on_request, cost, candidate.position
 
     return compatible(sorted(candidates, key=price))
 

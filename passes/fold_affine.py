@@ -15,7 +15,7 @@ the first form the Linear may be a Conv of any kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from onnxcollapse.structure import (
     affine_of,
     build_linear,
     constant_array,
+    folded,
     is_elementwise,
     is_shared,
     keeps_layout,
@@ -117,7 +118,7 @@ def _around(
     if producer is not None and _is_conv(producer) and _private(affine.input):
         yield from _after_conv(producer, affine)
         return
-    readers = [] if _in_expression(affine) else _readers(affine, by_node)
+    readers = [] if _in_expression(affine) or not _keeps_input(affine, before) else _readers(affine, by_node)
     if readers:
         yield _unless_shared(readers, affine, lambda: _before_linears(affine, readers))
 
@@ -129,6 +130,12 @@ def _in_expression(affine: Affine) -> bool:
     """
     producer = affine.input.producer()
     return producer is not None and is_elementwise(producer)
+
+
+def _keeps_input(affine: Affine, before: Linear | None) -> bool:
+    """Whether y surely has the shape of x: what reads y tells the length of its channels, not that of x's."""
+    same_axis = before is not None and affine.axis is not None and _along(affine, before)
+    return same_axis or keeps_layout(affine)
 
 
 def _along(affine: Affine, linear: Linear) -> bool:
@@ -154,19 +161,24 @@ def _bypass(affine: Affine) -> Fold:
     def write(model: Model) -> None:
         edit.replace_value(model.graph, affine.output, affine.input)
 
-    saving = Saving(params=_constants(affine.node), nodes=1)
-    return Fold(affine.output, (affine.node,), f"{affine.node.op_type} changes nothing", saving, write)
+    detail = f"{affine.node.op_type} changes nothing"
+    return Fold(affine.output, (affine.node,), detail, _removed(affine.node), write)
 
 
-def _constants(node: ir.Node) -> int:
-    """Elements of a node's floating constants that nobody else reads."""
-    owners = frozenset((node,))
-    arrays = [
-        constant_array(value)
-        for value in node.inputs
-        if value is not None and constant_array(value) is not None and not is_shared(value, owners)
-    ]
-    return sum(array.size for array in arrays if array is not None)
+def _removed(node: ir.Node) -> Saving:
+    """What goes with a node: itself and the constants that nobody else reads."""
+    known = [folded(value) for value in node.inputs if value is not None and not is_shared(value, {node})]
+    sizes = [(constant.size, constant.dtype) for constant in known if constant is not None]
+    return Saving(
+        params=sum(size for size, _ in sizes),
+        bytes=sum(size * dtype.bitwidth // 8 for size, dtype in sizes),
+        nodes=1,
+    )
+
+
+def _params(count: int, dtype: ir.DataType) -> Saving:
+    """So many parameters of a type."""
+    return Saving(params=count, bytes=count * dtype.bitwidth // 8)
 
 
 def _after_linear(linear: Linear, affine: Affine) -> Fold:
@@ -182,7 +194,7 @@ def _after_linear(linear: Linear, affine: Affine) -> Fold:
         edit.substitute(model, affine.output, value)
 
     added = linear.out_features if biased and linear.bias is None else 0
-    saving = Saving(params=_constants(affine.node) - added, nodes=1)
+    saving = _removed(affine.node) - _params(added, linear.dtype)
     detail = f"{affine.node.op_type} folded into the Linear before it"
     return Fold(affine.output, (*linear.nodes, affine.node), detail, saving, write)
 
@@ -217,7 +229,7 @@ def _before_linears(affine: Affine, readers: list[Linear]) -> Fold:
     nodes = (affine.node, *(node for linear in readers for node in linear.nodes))
     detail = f"{affine.node.op_type} folded into the {len(readers)} Linear(s) after it"
     added = sum(r.out_features for r in readers if r.bias is None) if np.any(affine.shift != 0.0) else 0
-    saving = Saving(params=_constants(affine.node) - added, nodes=1)
+    saving = _removed(affine.node) - _params(added, readers[0].dtype)
     return Fold(readers[0].output, nodes, detail, saving, write)
 
 
@@ -229,18 +241,24 @@ def _chain(first: Linear, second: Linear) -> Fold | Decline:
         return Decline(second.name, reason)
     if first.axis != second.axis:
         return Decline(second.name, f"'{first.name}' has its channels on another axis")
+    shared = next((linear for linear in (first, second) if is_shared(linear.weight, set(linear.nodes))), None)
+    if shared is not None:
+        return Decline(
+            second.name, f"weight '{shared.weight.name}' is shared; it would stay beside the new map"
+        )
 
     def write(model: Model) -> None:
         matrix = second.matrix()
         offset = first.offset() @ matrix + second.offset()
-        biased = first.bias is not None or second.bias is not None
         anchor = second.nodes[-1]
         value = build_linear(
             model.graph, anchor, second, first.input, first.matrix() @ matrix, offset if biased else None
         )
         edit.substitute(model, second.output, value)
 
-    saving = Saving(params=first.params + second.params - after - q, nodes=len(first.nodes))
+    biased = first.bias is not None or second.bias is not None
+    saved = _params(first.params + second.params - after - (q if biased else 0), second.dtype)
+    saving = replace(saved, nodes=len(first.nodes))
     detail = f"Linears {p} -> {h} -> {q} become one {p} x {q} map"
     return Fold(second.output, (*first.nodes, *second.nodes), detail, saving, write)
 
@@ -252,9 +270,15 @@ def _is_conv(node: ir.Node) -> bool:
     return node.op_type == "Conv" and node.domain == ""
 
 
+def _plain_array(value: ir.Value | None) -> np.ndarray | None:
+    """A constant stored in the type it is read in; folding would store one that a Cast unpacks at length."""
+    known = folded(value)
+    return known.load() if known is not None and known.storage == known.dtype else None
+
+
 def _after_conv(conv: ir.Node, affine: Affine) -> Iterator[Fold | Decline]:
     weight_value = conv.inputs[1]
-    weight = constant_array(weight_value)
+    weight = _plain_array(weight_value)
     bias_value = conv.inputs[2] if len(conv.inputs) > 2 else None
     bias = constant_array(bias_value)
     if weight is None or weight_value is None or (bias_value is not None and bias is None):
@@ -278,14 +302,12 @@ def _after_conv(conv: ir.Node, affine: Affine) -> Iterator[Fold | Decline]:
         operands = [conv.inputs[0], edit.add_initializer(graph, f"{hint}_weight", wide, dtype)]
         if biased:
             operands.append(edit.add_initializer(graph, f"{hint}_bias", offset, dtype))
-        made = ir.Node(
-            "", "Conv", operands, list(conv.attributes.values()), num_outputs=1, name=f"{hint}_Conv"
-        )
-        made.outputs[0].type, made.outputs[0].shape = affine.output.type, affine.output.shape
+        attributes, output = list(conv.attributes.values()), edit.like(affine.output)
+        made = ir.Node("", "Conv", operands, attributes, outputs=[output], name=f"{hint}_Conv")
         edit.insert_before(graph, affine.node, [made])
         edit.substitute(model, affine.output, made.outputs[0])
 
     added = channels if biased and bias is None else 0
-    saving = Saving(params=_constants(affine.node) - added, nodes=1)
+    saving = _removed(affine.node) - _params(added, dtype)
     detail = f"{affine.node.op_type} folded into the Conv before it"
     yield Fold(affine.output, (conv, affine.node), detail, saving, write)

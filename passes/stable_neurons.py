@@ -25,9 +25,10 @@ import onnx_ir as ir
 from scipy import linalg
 
 from onnxcollapse.calibration.statistics import Statistics
+from onnxcollapse.errors import OptionError
 from onnxcollapse.model import Model, edit, provenance
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
-from onnxcollapse.structure import FeedForward, build_linear, feedforwards, prelu_slope, ranges
+from onnxcollapse.structure import FeedForward, Linear, build_linear, feedforwards, prelu_slope, ranges
 
 DEPENDENT = 1e-6
 """Relative size of a pivot below which a column is a combination of those before it: float32 weights hold no more."""
@@ -103,9 +104,9 @@ class StableNeurons(Pass):
         """Chooses the smallest exact form, or says why none is smaller."""
         block = site.block
         plan = _plan(site)
-        params = _params(block, plan)
+        saved = block.params - _params(block, plan)
         stable = int(np.sum(~np.isnan(site.slopes)))
-        if params >= _params_now(block):
+        if saved <= 0:
             yield Decline(
                 site.name,
                 f"{stable} of {block.d_hidden} neurons never switch; neither a skip path (which pays from "
@@ -116,9 +117,8 @@ class StableNeurons(Pass):
         detail = f"{stable} of {block.d_hidden} neurons never switch: {len(plan.keep)} stay"
         if plan.skip is not None:
             detail += f", with a {block.d_in} x {block.d_out} linear path"
-        yield Proposal(
-            site.name, detail=detail, saving=Saving(params=_params_now(block) - params), payload=plan
-        )
+        saving = Saving(params=saved, bytes=saved * block.up.dtype.bitwidth // 8)
+        yield Proposal(site.name, detail=detail, saving=saving, payload=plan)
 
     def rewrite(self, model: Model, site: Stable, proposal: Proposal) -> None:
         """Builds the smaller block and records the box it holds in."""
@@ -129,6 +129,12 @@ class StableNeurons(Pass):
     def _boxes(self, model: Model) -> dict[str, tuple[float, float]]:
         declared = _parse(self.input_range)
         everywhere = declared.pop("", None)
+        names = [value.name or "" for value in model.graph.inputs]
+        unknown = next((name for name in declared if name not in names), None)
+        if unknown is not None:
+            raise OptionError(
+                f"input-range: the model has no input '{unknown}'; its inputs are {', '.join(names)}"
+            )
         boxes = {}
         for value in model.graph.inputs:
             floating = value.dtype is not None and value.dtype.is_floating_point()
@@ -164,13 +170,17 @@ def _slope(block: FeedForward) -> np.ndarray:
     return np.zeros(()) if slope is None else slope  # never None: `_activation` chose the block
 
 
-def _params_now(block: FeedForward) -> int:
-    return block.d_hidden * (block.d_in + block.d_out + 1) + block.d_out
-
-
 def _params(block: FeedForward, plan: Plan) -> int:
+    """Parameters of a plan; a block without a linear path keeps one neuron, if only to have a shape."""
     skip = 0 if plan.skip is None else plan.skip.size
-    return len(plan.keep) * (block.d_in + block.d_out + 1) + skip + block.d_out
+    neurons = len(plan.keep) if plan.skip is not None else max(len(plan.keep), 1)
+    each = block.d_in + block.d_out + (block.up.bias is not None) + (_slope(block).ndim > 0)
+    return neurons * each + skip + (0 if _bias(block.down, plan.offset) is None else block.d_out)
+
+
+def _bias(linear: Linear, offset: np.ndarray) -> np.ndarray | None:
+    """The new bias of a Linear; None where it had none and needs none."""
+    return offset if linear.bias is not None or offset.any() else None
 
 
 def _plan(site: Stable) -> Plan:
@@ -221,20 +231,19 @@ def _basis(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _write(model: Model, block: FeedForward, plan: Plan) -> None:
     graph, anchor = model.graph, block.down.nodes[-1]
     if plan.skip is not None and not len(plan.keep):
-        value = build_linear(graph, anchor, block.down, block.input, plan.skip, plan.offset)
+        offset = _bias(block.down, plan.offset)
+        value = build_linear(graph, anchor, block.down, block.input, plan.skip, offset)
         edit.substitute(model, block.output, value)
         return
     if not len(plan.keep):  # every neuron is dead: one stays, silent, to keep the shape of the output
         plan = Plan(np.zeros(1, np.intp), np.zeros((1, block.d_out)), plan.offset, None)
-    up = build_linear(
-        graph, anchor, block.up, block.input, block.up.matrix()[:, plan.keep], block.up.offset()[plan.keep]
-    )
+    matrix, offset = block.up.matrix()[:, plan.keep], _bias(block.up, block.up.offset()[plan.keep])
+    up = build_linear(graph, anchor, block.up, block.input, matrix, offset)
     hidden = _activate(model, block, anchor, up, plan.keep)
-    value = build_linear(graph, anchor, block.down, hidden, plan.down, plan.offset)
+    value = build_linear(graph, anchor, block.down, hidden, plan.down, _bias(block.down, plan.offset))
     if plan.skip is not None:
         beside = build_linear(graph, anchor, block.down, block.input, plan.skip, None)
-        total = ir.node("Add", [value, beside])
-        total.outputs[0].type, total.outputs[0].shape = block.output.type, block.output.shape
+        total = ir.Node("", "Add", [value, beside], outputs=[edit.like(block.output)])
         edit.insert_before(graph, anchor, [total])
         value = total.outputs[0]
     edit.substitute(model, block.output, value)
@@ -251,7 +260,7 @@ def _activate(model: Model, block: FeedForward, anchor: ir.Node, up: ir.Value, k
         operands[1] = edit.add_initializer(
             model.graph, f"{up.name}_slope", slope[keep].reshape(shape), block.up.dtype
         )
-    made = ir.Node(node.domain, node.op_type, operands, list(node.attributes.values()), num_outputs=1)
-    made.outputs[0].type, made.outputs[0].shape = up.type, up.shape
+    attributes, output = list(node.attributes.values()), edit.like(up)
+    made = ir.Node(node.domain, node.op_type, operands, attributes, outputs=[output])
     edit.insert_before(model.graph, anchor, [made])
     return made.outputs[0]

@@ -76,20 +76,23 @@ class TieWeights(Pass):
             if len(group) > 1:
                 yield Copies(group[0], tuple(group[1:]))
         if self.transposed:
-            yield from _transposed_pairs(firsts, self.min_bytes)
+            place = {value: index for index, value in enumerate(stored)}
+            yield from _transposed_pairs(sorted(firsts, key=place.__getitem__), self.min_bytes)
 
     def propose(self, site: Copies, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Proposes to keep the first."""
         tensor = _tensor(site.first)
         count = len(site.others)
         what = "transposed copy" if site.transposed else ("copy" if count == 1 else f"{count} copies")
-        saving = Saving(bytes=tensor.nbytes * count)
+        params = tensor.size * count if tensor.dtype.is_floating_point() else 0
+        saving = Saving(params=params, bytes=tensor.nbytes * count)
         yield Proposal(
             site.name, detail=f"{what} of '{site.first.name}', {tensor.nbytes:,} bytes each", saving=saving
         )
 
     def rewrite(self, model: Model, site: Copies, proposal: Proposal) -> None:
         """Lets the users of the copies read the first."""
+        _show_everywhere(model, site.first)
         for copy in site.others:
             if site.transposed:
                 _read_transposed(model, site.first, copy)
@@ -161,6 +164,19 @@ def _transposed_pairs(values: list[ir.Value], min_bytes: int) -> Iterator[Copies
             yield Copies(partner, (value,), transposed=True)
 
 
+def _show_everywhere(model: Model, value: ir.Value) -> None:
+    """Moves a stored value to where all graphs can read it: to the front of the main graph, or out of a branch."""
+    main, producer, home = model.graph, value.producer(), value.graph
+    if producer is not None:
+        if producer is not main[0]:
+            main.remove(producer)
+            main.insert_before(main[0], producer)
+    elif home is not main and isinstance(home, ir.Graph):
+        del home.initializers[value.name or ""]
+        value.name = edit.unique_name(main, value.name or "weight")
+        main.initializers.add(value)
+
+
 def _read_transposed(model: Model, first: ir.Value, copy: ir.Value) -> None:
     """Flips transB of the Gemms that read `copy` and gives all other users one Transpose of `first`."""
     for node, index in list(copy.uses()):
@@ -173,7 +189,6 @@ def _read_transposed(model: Model, first: ir.Value, copy: ir.Value) -> None:
     turn = ir.node("Transpose", [first], {"perm": [1, 0]})
     turn.outputs[0].dtype = _tensor(copy).dtype
     turn.outputs[0].shape = ir.Shape(list(_tensor(copy).shape.numpy()))
-    graph, producer = model.graph, first.producer()
-    after = 0 if producer is None else next(i for i, node in enumerate(graph) if node is producer) + 1
-    edit.insert_before(graph, graph[after], [turn])
+    graph = model.graph
+    edit.insert_before(graph, graph[0 if first.producer() is None else 1], [turn])
     edit.replace_value(graph, copy, turn.outputs[0])

@@ -12,6 +12,7 @@ from onnxcollapse.calibration.leastsquares import (
     relative_error,
     ridge_fit,
 )
+from onnxcollapse.calibration.planner import Plan, parse_memory, plan
 from onnxcollapse.calibration.providers import Provider, available_providers
 from onnxcollapse.calibration.segments import cut_points
 from onnxcollapse.calibration.sessions import Session, open_session
@@ -32,6 +33,7 @@ __all__ = [
     "LinearFit",
     "MomentSums",
     "Moments",
+    "Plan",
     "Progress",
     "Provider",
     "Ref",
@@ -45,6 +47,8 @@ __all__ = [
     "linear_error",
     "open_data",
     "open_session",
+    "parse_memory",
+    "plan",
     "rank_path",
     "relative_error",
     "ridge_fit",

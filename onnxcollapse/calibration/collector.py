@@ -309,8 +309,8 @@ class _GramAccumulator:
         for ref, mean in zip(refs, means, strict=True):
             _require_finite(mean, ref)
         panels = [outputs[name] for name in probes.sums(self._request)]
-        for ref, panel in zip(refs, panels, strict=True):
-            _require_finite(panel, ref)
+        for panel in panels:
+            _require_finite(panel, refs[0])
         if not self._panels:
             self._widths = tuple(len(mean) for mean in means)
             self._panels = [np.zeros(panel.shape) for panel in panels]

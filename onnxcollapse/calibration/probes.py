@@ -12,6 +12,7 @@ fp64 on the host. Only standard-domain ops of opset 9 and later are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +27,9 @@ PREFIX = "onnxcollapse_probe"
 ROWS_INPUT = f"{PREFIX}_rows"
 MOMENT_ROWS = ("mean", "residual", "square", "minimum", "maximum", "positive", "negative_square")
 OLDEST_OPSET = 9
+SLICES = 3
+WIDE = 256
+"""Tensors with fewer columns are not sliced: small products cost more than they save."""
 
 Attribute = int | float | Sequence[int] | ir.TensorProtocol
 INT64 = ir.DataType.INT64
@@ -80,8 +84,8 @@ class ProbeSet:
     def sums(self, request: Request) -> list[str]:
         """The outputs of a request: the row panels of a Gram's Z'Z, or moments [7, C] in MOMENT_ROWS' order.
 
-        A panel holds the rows of one tensor (the first one's with the 1 before them) from their own columns on: Z'Z is
-        symmetric, and what lies left of that is not computed.
+        A panel holds the rows of a slice of columns (the first one's with the 1 before them) from these columns on:
+        Z'Z is symmetric, and what lies left of that is not computed.
         """
         return [value.name or "" for value in self._sums[request]]
 
@@ -92,12 +96,28 @@ class ProbeSet:
 
     def _gram(self, request: Gram) -> list[ir.Value]:
         refs = [self._own(ref) for ref in request.refs]
-        first, *others = [self._centred(ref) for ref in refs]
-        chunks = [[self._ones(refs[0]), first], *([column] for column in others)]
+        slices = [piece for ref in refs for piece in self._slices(ref)]
+        chunks = [[self._ones(refs[0]), slices[0]], *([piece] for piece in slices[1:])]
         return [
             self._product(chunk, [column for group in chunks[place:] for column in group])
             for place, chunk in enumerate(chunks)
         ]
+
+    def _slices(self, ref: Ref) -> list[ir.Value]:
+        """The centred rows in SLICES pieces of columns, so that half of a wide tensor's own square is not computed."""
+        value = self._values.get(ref.value)
+        width = value.shape[ref.axis] if value is not None and value.shape is not None else None
+        rows = self._centred(ref)
+        if self._opset < 10 or (isinstance(width, int) and width < WIDE):
+            return [rows]
+        width_now = self._op("Gather", [self._op("Shape", [rows]), self._constant([1], INT64)], axis=0)
+        steps = self._constant([SLICES], INT64)
+        ends = [
+            self._op("Div", [self._op("Mul", [width_now, self._constant([place], INT64)]), steps])
+            for place in range(SLICES + 1)
+        ]
+        axis = self._constant([1], INT64)
+        return [self._op("Slice", [rows, start, end, axis]) for start, end in pairwise(ends)]
 
     def _product(self, left: list[ir.Value], right: list[ir.Value]) -> ir.Value:
         rows = left[0] if len(left) == 1 else self._op("Concat", left, axis=1)

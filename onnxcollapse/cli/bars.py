@@ -7,6 +7,7 @@ from types import TracebackType
 
 from rich import progress as rich_progress
 from rich.console import Console
+from rich.text import Text
 
 from onnxcollapse.rewriting.progress import Progress, Task
 
@@ -35,6 +36,14 @@ class RichTask(Task):
         self._bars.remove_task(self._id)
 
 
+class _Rate(rich_progress.ProgressColumn):
+    """Steps a second, once there is a rate."""
+
+    def render(self, task: rich_progress.Task) -> Text:
+        """Writes the rate."""
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s", justify="right")
+
+
 class RichProgress(Progress):
     """A stack of bars with rate and remaining time."""
 
@@ -43,7 +52,7 @@ class RichProgress(Progress):
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("{task.speed:.1f}/s", justify="right"),
+            _Rate(),
             rich_progress.TimeRemainingColumn(),
             console=console,
             transient=True,

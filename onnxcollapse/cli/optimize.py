@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 )
 @options.provider
 @click.option(
+    "--memory", metavar="SIZE", help="Resident memory to stay under, as 4GB; half of what is free by default."
+)
+@click.option(
     "--report", "report_folder", metavar="DIR", help="Write report.html, report.json and journal.json there."
 )
 @options.seed
@@ -60,6 +63,7 @@ def optimize(
     target_share: str | None,
     specs: tuple[str, ...],
     provider: str,
+    memory: str | None,
     report_folder: str | None,
     seed: int,
     allow_partial: bool,
@@ -76,7 +80,7 @@ def optimize(
         destinations.check_folder(report_folder)
     with user_code():
         allowed = _budget(budget, metric, target_share)
-        result = _run(model, calib, allowed, specs, provider, seed, quiet=as_json)
+        result = _run(model, calib, allowed, specs, provider, seed, memory, quiet=as_json)
     if not allow_partial:
         pipeline.require_met(result)
     summary = {**result.to_dict(), "peak_rss_bytes": _peak_rss(), "output": target}
@@ -96,10 +100,11 @@ def _run(
     specs: Sequence[str],
     provider: str,
     seed: int,
+    memory: str | None,
     *,
     quiet: bool,
 ) -> Result:
-    from onnxcollapse.calibration import open_data
+    from onnxcollapse.calibration import open_data, parse_memory
     from onnxcollapse.calibration.providers import chain
     from onnxcollapse.model import Model
     from onnxcollapse.rewriting import pipeline, registry
@@ -107,11 +112,19 @@ def _run(
     passes = [registry.parse(spec) for spec in specs] or None
     if provider != "auto":
         chain(provider)  # an unknown one is an error, also where nothing will run on it
+    limit = None if memory is None else parse_memory(memory)
     loaded = Model.load(model)
     data = None if calib is None else open_data(calib, loaded, seed=seed)
     with Bars(quiet=quiet) as progress:
         return pipeline.optimize(
-            loaded, data, budget=budget, passes=passes, provider=provider, seed=seed, progress=progress
+            loaded,
+            data,
+            budget=budget,
+            passes=passes,
+            provider=provider,
+            seed=seed,
+            memory=limit,
+            progress=progress,
         )
 
 

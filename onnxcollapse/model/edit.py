@@ -26,6 +26,7 @@ __all__ = [
     "add_initializer",
     "check",
     "insert_before",
+    "like",
     "prune",
     "refresh_shapes",
     "replace_value",
@@ -125,7 +126,9 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         raise ModelError(
             f"{old.name!r} is an input and an output at once and cannot be replaced; leave it as it is"
         )
-    upstream = _upstream(new)
+    maker = old.producer()
+    # An operand of the node that makes `old` is not computed from it, and need not be traced back.
+    upstream = set[ir.Node]() if maker is not None and new in maker.inputs else _upstream(new)
     for node, index in old.uses():
         if node not in upstream:
             node.replace_input_with(index, new)
@@ -135,6 +138,12 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         new.shape = old.shape.copy()
     if old.is_graph_output():
         _replace_output(graph, old, new)
+
+
+def like(value: ir.Value) -> ir.Value:
+    """A nameless value with type and shape of another, for the output of a new node; both share no object."""
+    shape = None if value.shape is None else value.shape.copy()
+    return ir.Value(type=own_type(value.type), shape=shape)
 
 
 def substitute(model: Model, old: ir.Value, new: ir.Value) -> None:

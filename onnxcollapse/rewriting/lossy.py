@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from onnxcollapse.calibration import Dataset, Statistics, collect
+from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
 from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model, edit
@@ -78,6 +78,7 @@ class LossyStage:
         budget: What is accepted and wanted.
         journal: Receives every outcome.
         original: The user's model, before the exact stage; a target is a share of it.
+        plan: Where models are cut to be run.
         provider: Where statistics are computed.
         progress: Told how far the work is.
     """
@@ -92,6 +93,7 @@ class LossyStage:
         journal: Journal,
         *,
         original: Model,
+        plan: Plan,
         provider: str = "auto",
         progress: Progress | None = None,
     ) -> None:
@@ -102,7 +104,7 @@ class LossyStage:
         self._verifier = verifier
         self._budget = budget
         self._journal = journal
-        self._provider = provider
+        self._provider, self._plan = provider, plan
         self._progress = progress or Progress()
         self._reference = model.clone()
         self._whole = extent(original, self._shapes)
@@ -111,6 +113,7 @@ class LossyStage:
         self._waiting: dict[tuple[str, str, str], Candidate] = {}
         self._taken: list[Candidate] = []
         self._failure = _Failure()
+        self._began = 0
         self.error = verifier.error(model)
         self.changed = False
 
@@ -135,7 +138,7 @@ class LossyStage:
 
     def _round(self, number: int) -> bool:
         """Prices, chooses and applies; returns whether another round has something new to look at."""
-        start = self._model.clone()
+        start, self._began = self._model.clone(), len(self._journal.entries)
         priced = self._price(start, self._candidates(start), number)
         self._waiting |= {candidate.key: candidate for candidate in priced}
         measure = self._budget.target.measure if self._budget.target else "params"
@@ -167,10 +170,8 @@ class LossyStage:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
         order = {node: index for index, node in enumerate(model.graph)}
         places = [place for item in self._passes for place in self._places(item, model, order)]
-        requests = [request for place in places for request in requests_of(place.maker, place.site)]
-        statistics = self._collect(model, requests, self._reference if self.changed else None)
         found = []
-        for place in places:
+        for place, statistics in self._with_statistics(model, places):
             offers = []
             for offer in offers_of(place.maker, place.site, statistics):
                 if isinstance(offer, Decline):
@@ -182,6 +183,28 @@ class LossyStage:
                 self._closed.add(place.key)
             found += open_offers
         return found
+
+    def _with_statistics(
+        self, model: Model, places: Sequence[_Place]
+    ) -> Iterator[tuple[_Place, Statistics | None]]:
+        """Gives each place with its statistics, layer by layer, so that those of one layer are held at a time."""
+        requests = {place.key: tuple(requests_of(place.maker, place.site)) for place in places}
+        yield from ((place, None) for place in places if not requests[place.key])
+        waiting = [place for place in places if requests[place.key]]
+        wanted = [request for place in waiting for request in requests[place.key]]
+        held = Statistics()
+        sweep = self._sweep(model, wanted, self._reference if self.changed else None)
+        with self._progress.task("statistics", 0) as task:
+            sweep.tell = task.update
+            for _, statistics in sweep:
+                held = Statistics({**held.results, **statistics.results})
+                ready = [
+                    place for place in waiting if all(request in held for request in requests[place.key])
+                ]
+                yield from ((place, held) for place in ready)
+                waiting = [place for place in waiting if place not in ready]
+                still = {request for place in waiting for request in requests[place.key]}
+                held = Statistics({key: result for key, result in held.results.items() if key[1] in still})
 
     def _places(self, item: Pass, model: Model, order: dict[ir.Node, int]) -> Iterator[_Place]:
         """Finds a pass's sites but for those that were refused already and have not changed since."""
@@ -271,53 +294,78 @@ class LossyStage:
         for candidate in group:
             proposal = done[candidate.key]
             self._note(dataclasses.replace(candidate, proposal=proposal), "kept", proposal.detail, error)
+        self._note_new_fits(done)
         return True
+
+    def _note_new_fits(self, done: Mapping[tuple[str, str, str], Proposal]) -> None:
+        """Lets the entries of what this round kept before say how it was fitted in the end."""
+        entries = self._journal.entries
+        for index, entry in enumerate(entries[self._began :], self._began):
+            proposal = done.get((entry.pass_name, entry.site, entry.variant))
+            if proposal is not None and entry.outcome == "kept":
+                entries[index] = dataclasses.replace(
+                    entry, reason=proposal.detail, predicted_error=proposal.predicted_error
+                )
 
     def _realize(
         self, start: Model, chosen: Sequence[Candidate]
     ) -> tuple[Model, dict[tuple[str, str, str], Proposal]]:
-        """Applies the chosen front to back; each is fitted again from the rewritten prefix to the original's target."""
+        """Applies the chosen front to back in one walk through the data.
+
+        Each is fitted again: features come from what the rewritten model before it produces, targets from the
+        original (METHODS 0: compressed prefix, original target).
+        """
         trial = start.clone()
-        done: dict[tuple[str, str, str], Proposal] = {}
-        with self._progress.task("fitting", len(chosen)) as task:
-            for candidate in sorted(chosen, key=lambda item: item.position):
-                proposal = self._refit(trial, candidate) if done else candidate.proposal
-                self._apply(trial, candidate.maker, proposal)
-                done[candidate.key] = proposal
-                task.advance()
+        done = {item.key: item.proposal for item in chosen}
+        requests = {item.key: tuple(requests_of(item.maker, self._site(trial, item))) for item in chosen}
+        waiting = sorted(chosen, key=lambda item: item.position)
+        if len(chosen) > 1 or self.changed:
+            waiting = self._fit_again(trial, waiting, requests, done)
+        for item in waiting:  # nothing before it, or nothing to fit
+            self._apply(trial, item.maker, item.proposal)
         return trial, done
 
-    def _refit(self, model: Model, candidate: Candidate) -> Proposal:
-        """Proposes the same variant again with features of `model` as it is now and targets of the original."""
-        sites = (site for site in sites_of(candidate.maker, model) if not isinstance(site, Decline))
-        site = next((site for site in sites if site.name == candidate.proposal.site), None)
-        if site is None:
-            raise ModelError(f"site '{candidate.proposal.site}' is gone; an earlier rewrite consumed it")
-        requests = requests_of(candidate.maker, site)
-        if not requests:
-            return candidate.proposal
-        statistics = self._collect(model, requests, self._reference)
-        for offer in offers_of(candidate.maker, site, statistics):
+    def _fit_again(
+        self,
+        trial: Model,
+        waiting: list[Candidate],
+        requests: Mapping[tuple[str, str, str], tuple[Request, ...]],
+        done: dict[tuple[str, str, str], Proposal],
+    ) -> list[Candidate]:
+        """Walks through `trial`, fits and applies each candidate in its layer; returns those that need no fit."""
+        wanted = [request for item in waiting for request in requests[item.key]]
+        sweep = self._sweep(trial, wanted, self._reference)
+        with self._progress.task("fitting", 0) as task:
+            sweep.tell = task.update
+            for _, statistics in sweep:
+                here = [
+                    i for i in waiting if requests[i.key] and all(r in statistics for r in requests[i.key])
+                ]
+                for number, item in enumerate(here):
+                    now = sweep.again(trial, requests[item.key]) if number else statistics
+                    done[item.key] = self._refit(trial, item, now)
+                    self._apply(trial, item.maker, done[item.key])
+                    sweep.rewritten(trial)
+                waiting = [item for item in waiting if item not in here]
+        return waiting
+
+    @staticmethod
+    def _site(model: Model, candidate: Candidate) -> Site:
+        for site in sites_of(candidate.maker, model):
+            if not isinstance(site, Decline) and site.name == candidate.proposal.site:
+                return site
+        raise ModelError(f"site '{candidate.proposal.site}' is gone; an earlier rewrite consumed it")
+
+    def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal:
+        """Proposes the same variant again."""
+        for offer in offers_of(candidate.maker, self._site(model, candidate), statistics):
             if isinstance(offer, Proposal) and offer.variant == candidate.proposal.variant:
                 return offer
         return candidate.proposal
 
-    # What goes to others
-
-    def _collect(
-        self, model: Model, requests: Sequence[Request], reference: Model | None
-    ) -> Statistics | None:
-        if not requests:
-            return None
-        with self._progress.task("statistics", 0) as task:
-            return collect(
-                model,
-                requests,
-                self._data,
-                provider=self._provider,
-                reference=reference,
-                progress=task.update,
-            )
+    def _sweep(self, model: Model, requests: Sequence[Request], reference: Model | None) -> Sweep:
+        points = self._plan.points
+        return Sweep(model, requests, self._data, provider=self._provider, reference=reference, cuts=points)
 
     def _decline(self, item: Pass, decline: Decline) -> None:
         self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))

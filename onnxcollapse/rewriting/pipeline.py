@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcollapse.calibration import Dataset
+from onnxcollapse.calibration import Dataset, plan
 from onnxcollapse.errors import BudgetNotMetError
 from onnxcollapse.model import Model, Size, flops, provenance, size, walk
 from onnxcollapse.rewriting.budget import Budget, Target
@@ -125,7 +125,7 @@ def _exactness(
     )
     if verifier.metric == "rel-l2" or not floating:
         return verifier.error
-    return Verifier(model, data, "rel-l2", provider).error
+    return Verifier(model, data, "rel-l2", provider, verifier.cuts).error
 
 
 def _journal_for(
@@ -152,6 +152,7 @@ def optimize(
     passes: Sequence[Pass] | None = None,
     provider: str = "auto",
     seed: int = 0,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Makes a model smaller inside a budget; see the module for the order of things.
@@ -163,6 +164,8 @@ def optimize(
         passes: Those to run; by default all that are registered and need no options.
         provider: Where calibration and measurement run.
         seed: Recorded; the data was split with it.
+        memory: Bytes of resident memory to stay under; by default half of what is free. A model too large for that
+            runs layer by layer.
         progress: Told how far the work is.
 
     Returns:
@@ -180,16 +183,26 @@ def optimize(
     work, notes = model.clone(), list[str]()
     if data is not None:
         data.count("heldout")  # too little data to be split fails here and not after the work
-    verifier = None if data is None else Verifier(model, data, budget.metric, provider)
+    cuts = plan(model, memory).cuts if data is not None else ()
+    verifier = None if data is None else Verifier(model, data, budget.metric, provider, cuts)
     ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model)).run()
     if data is not None and verifier is not None and lossy:
         stage = LossyStage(
-            work, lossy, data, verifier, budget, journal, original=model, provider=provider, progress=progress
+            work,
+            lossy,
+            data,
+            verifier,
+            budget,
+            journal,
+            original=model,
+            plan=plan(work, memory),
+            provider=provider,
+            progress=progress,
         )
         stage.run()
         if stage.changed:
             kept = work.clone()
-            measured = _exactness(kept, data, Verifier(kept, data, budget.metric, provider), provider)
+            measured = _exactness(kept, data, Verifier(kept, data, budget.metric, provider, cuts), provider)
             ExactStage(work, exact, journal, measured, _tolerance(model)).run()
     elif lossy:
         for item in lossy:

@@ -133,6 +133,8 @@ def _arithmetic(node: ir.Node) -> Affine | None:
     if axis == 0 or not known.dtype.is_floating_point() or (first and node.op_type == "Div"):
         return None
     c = as_channels(known.load()).astype(np.float64)
+    if node.op_type == "Div" and not c.all():
+        return None
     one, zero = np.ones(()), np.zeros(())
     if node.op_type == "Add":
         scale, shift = one, c

@@ -97,14 +97,20 @@ def _accumulated(node: ir.Node, weight: Array, x: Interval) -> Interval:
     """Bounds of x @ weight with the worst rounding error of any order of summation.
 
     Computed: sum_i w_i x_i (1 + e_i) with |e_i| <= n u / (1 - n u) (Higham, Accuracy and Stability, eq. 3.3), n
-    counted with slack.
+    counted with slack. A sum of which no term can be negative is not, however it is rounded: then 0 stays a bound.
     """
     terms, dtype = weight.shape[0] + 8, computed_in(node)
     steps = terms * roundoff(dtype)
     if steps >= 1:
         return make(np.full(weight.shape[1], -math.inf), math.inf)
     total = intervals.affine_map(weight, x, steps / (1 - steps) + 1e-12)
-    return total.widened(1e-12, terms * underflow(dtype))
+    wide = total.widened(1e-12, terms * underflow(dtype))
+    falling, rising = np.minimum(np.sign(x.low), 0.0), np.maximum(np.sign(x.high), 0.0)
+    signs = intervals.affine_map(np.sign(weight), make(falling, rising), 0.0)
+    return make(
+        np.where(signs.low == 0, np.maximum(wide.low, 0.0), wide.low),
+        np.where(signs.high == 0, np.minimum(wide.high, 0.0), wide.high),
+    )
 
 
 def _batch_norm(node: ir.Node, bounds: Bounds) -> Interval:

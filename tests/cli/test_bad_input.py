@@ -415,3 +415,16 @@ def test_an_interruption_between_the_two_files_of_a_model_puts_the_first_back(
     result = workspace.run("optimize", "model.onnx", "-o", "model.onnx")
     one_line(result.stderr, result.exit_code, status=130)
     assert workspace.files() == before
+
+
+def test_ctrl_c_in_a_process_of_its_own(workspace, process):
+    """The metric presses it while the model is being measured."""
+    (workspace.folder / "mine.py").write_text(
+        "import os, signal\n\n"
+        "def f(outputs, reference, batch):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 0.0\n"
+    )
+    before = workspace.files()
+    done = process(*WITH_DATA, "--metric", "mine.py:f")
+    assert one_line(done.stderr, done.returncode, status=130) == "interrupted"
+    assert done.stdout == ""
+    assert workspace.files() == before

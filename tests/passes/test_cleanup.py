@@ -84,3 +84,23 @@ def test_the_journal_says_how_much_went():
     )
     [entry] = optimize(Model(ir.from_proto(proto)), passes=[Cleanup()]).journal.of("kept")
     assert (entry.saving.nodes, entry.site) == (1, "graph")
+
+
+def test_an_output_merged_with_a_duplicate_keeps_its_declaration():
+    before, after = clean("""net (float[n, 8] x) => (float[n, 8] b, float[n, 8] y)
+        <float[q, 8] a>
+        { a = Relu(x) c = Neg(a) b = Relu(x) y = Add(c, b) }""")
+    assert [node.op_type for node in after.graph].count("Relu") == 1
+    assert after.signature() == before.signature()
+
+
+def test_operators_that_take_a_type_are_no_obstacle():
+    proto = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 18]>
+        net (float[2] x) => (float[2] y) { a = Identity(x) y = Relu(a) }""")
+    kind = onnx.helper.make_tensor_type_proto(1, [2])
+    for name in "pq":
+        proto.graph.node.append(onnx.helper.make_node("Optional", [], [f"{name}0"], type=kind))
+        proto.graph.node.append(onnx.helper.make_node("OptionalHasElement", [f"{name}0"], [name]))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []))
+    result = optimize(Model(ir.from_proto(proto)), passes=[Cleanup()])
+    assert "Identity" not in [node.op_type for node in result.model.graph]

@@ -207,3 +207,16 @@ def test_channels_on_axis_one_collapse_too():
         result = run(model, x, method=method, ranks=False)
         assert result.after.params == 6 * 5 + 5
         assert relative(outputs(result.model, x=x)["y"], outputs(model, x=x)["y"]) < 2e-3
+
+
+def test_a_block_that_changes_its_type_inside_is_declined():
+    net = Net()
+    narrow = net.op("Cast", "x", to=10)
+    hidden = net.op(
+        "Relu", net.op("MatMul", narrow, net.const(net.random.normal(size=(6, 40)), dtype=np.float16))
+    )
+    net.linear(net.op("Cast", hidden, to=1), net.random.normal(size=(40, 5)), name="y")
+    model = net.model({"x": ["n", 6]}, {"y": ["n", 5]})
+    result = run(model, rows(100, 6))
+    assert not kept(result)
+    assert reasons(result) == ["input is float16, output float: no one map is both"]

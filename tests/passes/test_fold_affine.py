@@ -60,11 +60,11 @@ def test_batch_normalization_after_a_conv_of_any_kernel(group):
 
 def test_an_operator_before_all_its_linears():
     net = Net()
-    shared = net.op("Mul", net.op("MaxPool", "x", kernel_shape=[3], pads=[1, 1]), net.const(net.random.normal(size=6)))
+    shared = net.op("Mul", "x", net.const(net.random.normal(size=6)))
     net.op("Add", net.dense(shared, 6, 5), net.dense(shared, 6, 5), name="y")
     model = net.model({"x": ["n", 4, 6]}, {"y": ["n", 4, 5]})
     result = fold(model)
-    assert sorted(ops(result.model)) == ["Add", "Add", "Add", "MatMul", "MatMul", "MaxPool"]
+    assert sorted(ops(result.model)) == ["Add", "Add", "Add", "MatMul", "MatMul"]
     assert same(model, result, rows(80, 6).reshape(20, 4, 6))
 
 
@@ -185,3 +185,57 @@ def test_measured_where_data_is_given():
 def test_off_means_byte_identical(tmp_path):
     model = mlp([4, 8, 4])
     assert file_bytes(fold(model).model, tmp_path) == file_bytes(model, tmp_path)
+
+
+def test_neighbouring_folds_are_applied_together_and_save_what_the_journal_says():
+    net = Net()
+    value = "x"
+    for last in (False, False, True):
+        product = net.linear(value, net.random.normal(size=(8, 8)))
+        value = net.op("Mul", product, net.const(net.random.normal(size=8)), name="y" if last else None)
+    model = net.model({"x": ["n", 8]}, {"y": ["n", 8]})
+    result = fold(model)
+    assert ops(result.model) == ["MatMul"]
+    kept = result.journal.of("kept")
+    assert not [entry.site for entry in kept if "old" in entry.site]
+    assert sum(entry.saving.params for entry in kept) == result.before.params - result.after.params
+    assert sum(entry.saving.bytes for entry in kept) == result.before.bytes - result.after.bytes
+    assert same(model, result, rows(50, 8))
+
+
+def test_an_operator_that_widens_its_input_stays():
+    net = Net()
+    wide = net.op(
+        "Mul", net.linear("x", net.random.normal(size=(8, 1))), net.const(net.random.normal(size=6))
+    )
+    net.linear(wide, net.random.normal(size=(6, 5)), name="y")
+    model = net.model({"x": ["n", 8]}, {"y": ["n", 5]})
+    assert ops(fold(model).model) == ["MatMul", "Mul", "MatMul"]
+
+
+def test_a_chain_with_a_shared_weight_stays():
+    net = Net()
+    shared = net.const(net.random.normal(size=(64, 64)))
+    first = net.op("MatMul", net.linear("x", net.random.normal(size=(8, 64))), shared)
+    net.op("MatMul", net.op("Relu", first), shared, name="y")
+    model = net.model({"x": ["n", 8]}, {"y": ["n", 64]})
+    result = fold(model)
+    assert ops(result.model) == ops(model)
+    assert "is shared" in reasons(result)[0]
+
+
+def test_an_int8_kernel_behind_a_cast_stays_int8():
+    net = Net()
+    kernel = net.op("Cast", net.const(np.arange(-16, 16).reshape(8, 4, 1, 1), dtype=np.int8), to=1)
+    net.op("Mul", net.op("Conv", "x", kernel, strides=[2, 2]), net.const(np.ones((8, 1, 1)) * 2), name="y")
+    model = net.model({"x": ["n", 4, 6, 6]}, {"y": ["n", 8, 3, 3]})
+    assert ops(fold(model).model) == ["Cast", "Conv", "Mul"]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_division_by_zero_is_left_to_the_runtime():
+    net = Net()
+    quotient = net.op("Div", net.linear("x", np.eye(4)), net.const([1.0, 0.0, 2.0, 3.0]))
+    net.op("Clip", quotient, net.const(-1.0), net.const(1.0), name="y")
+    model = net.model({"x": ["n", 4]}, {"y": ["n", 4]})
+    assert ops(fold(model).model) == ops(model)

@@ -129,3 +129,39 @@ def test_a_bad_box_is_one_clear_error(text):
 def test_off_means_byte_identical(tmp_path):
     model = mlp([4, 8, 4])
     assert file_bytes(run(model).model, tmp_path) == file_bytes(model, tmp_path)
+
+
+def test_a_block_without_biases_gets_none():
+    net = Net()
+    positive = np.abs(net.random.normal(size=(6, 40)))
+    net.linear(
+        net.op("Relu", net.linear(net.op("Relu", "x"), positive)), net.random.normal(size=(40, 5)), name="y"
+    )
+    model = net.model({"x": ["n", 6]}, {"y": ["n", 5]})
+    result = run(model)
+    assert [node.op_type for node in result.model.graph] == ["Relu", "MatMul"]
+    assert (result.after.params, result.journal.of("kept")[0].saving.params) == (30, 40 * 11 - 30)
+    assert same(model, result)
+
+
+def test_neurons_without_weights_are_dead_without_a_bias():
+    net = Net()
+    up = net.random.normal(size=(6, 40))
+    up[:, 10:] = 0.0
+    net.linear(net.op("Relu", net.linear(net.op("Relu", "x"), up)), net.random.normal(size=(40, 5)), name="y")
+    model = net.model({"x": ["n", 6]}, {"y": ["n", 5]})
+    result = run(model)
+    assert result.after.params == 10 * 11
+    assert same(model, result)
+
+
+def test_a_silent_block_is_cut_once():
+    up, bias, down = parts()
+    result = run(block(-np.abs(up), -np.abs(bias), down))
+    assert [entry.outcome for entry in result.journal] == ["kept", "declined"]
+    assert "1 of 1 neurons never switch" in result.journal.of("declined")[0].reason
+
+
+def test_a_box_for_an_input_that_is_none_is_an_error():
+    with pytest.raises(OptionError, match="no input 'z'; its inputs are x"):
+        run(block(*parts()), input_range="z=0..1")

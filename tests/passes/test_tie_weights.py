@@ -132,3 +132,43 @@ def test_sharing_through_identity_is_no_copy():
 def test_off_means_byte_identical(tmp_path):
     model = mlp([4, 8, 4])
     assert file_bytes(optimize(model, passes=[]).model, tmp_path) == file_bytes(model, tmp_path)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_copies_in_both_branches_go_where_both_can_read_them(turned):
+    matrix = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    weights = {"yes": matrix, "no": np.ascontiguousarray(matrix.T) if turned else matrix}
+
+    def branch(name):
+        made = onnx.helper.make_node("MatMul", ["x", f"{name}_weight"], [f"{name}_out"])
+        output = onnx.helper.make_tensor_value_info(f"{name}_out", onnx.TensorProto.FLOAT, ["n", 40])
+        held = onnx.numpy_helper.from_array(weights[name], f"{name}_weight")
+        return onnx.helper.make_graph([made], name, [], [output], [held])
+
+    net = Net()
+    net.op("If", "p", name="y", then_branch=branch("yes"), else_branch=branch("no"))
+    flag = onnx.helper.make_tensor_value_info("p", onnx.TensorProto.BOOL, [])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 40]) for name in "xy")
+    graph = onnx.helper.make_graph(net.nodes, "net", [x, flag], [y])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    model = Model(ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)))
+    result = run(model)
+    assert (result.before.bytes, result.after.bytes) == (2 * 6400, 6400)
+    onnx.checker.check_model(onnx.load_from_string(result.model.to_bytes()), full_check=True)
+    for p in (True, False):
+        feeds = {"x": rows(3, 40), "p": np.array(p)}
+        np.testing.assert_array_equal(outputs(result.model, **feeds)["y"], outputs(model, **feeds)["y"])
+
+
+def test_a_constant_node_behind_its_copys_user_serves_it_all_the_same():
+    net, matrix = Net(), np.random.default_rng(0).normal(size=(48, 64)).astype(np.float32)
+    first = net.op("MatMul", "x", net.const(np.ascontiguousarray(matrix.T), "early"))
+    other = net.op("MatMul", first, net.const(np.random.default_rng(1).normal(size=(48, 64))))
+    late = net.op("Constant", value=onnx.numpy_helper.from_array(matrix))
+    again = net.op("MatMul", net.op("MatMul", other, "early"), late)
+    net.op("Relu", again, name="y")
+    model = net.model({"x": ["n", 64]}, {"y": ["n", 64]})
+    result = run(model)
+    assert result.before.bytes - result.after.bytes == matrix.nbytes
+    x = rows(3, 64)
+    np.testing.assert_allclose(outputs(result.model, x=x)["y"], outputs(model, x=x)["y"], rtol=1e-6)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides from a memory limit whether a model runs whole or segment by segment."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxcollapse.calibration.segments import cut_points
+from onnxcollapse.errors import OptionError
+from onnxcollapse.model import Model, size
+
+logger = logging.getLogger(__name__)
+
+SESSION_SHARE = 3
+"""A session over n bytes of weights reaches about this many times n: mapped pages, packed copies, activations."""
+
+BASE = 400 << 20
+"""What the process holds beside sessions: libraries, the graph, statistics of one segment."""
+
+_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is run.
+
+    Attributes:
+        limit: Bytes of resident memory to stay under.
+        points: Tensors between the model's layers.
+        cuts: Those at which it is cut to be run: none when a session over the whole model fits.
+    """
+
+    limit: int
+    points: tuple[str, ...]
+    cuts: tuple[str, ...]
+
+
+def plan(model: Model, limit: int | None = None) -> Plan:
+    """Plans the runs of a model.
+
+    Args:
+        model: The model.
+        limit: Bytes of resident memory; None for half of what is free.
+    """
+    limit = limit if limit is not None else _free() // 2
+    points = tuple(cut_points(model.graph))
+    whole = BASE + SESSION_SHARE * size(model).bytes
+    cuts = () if whole <= limit else points
+    if cuts:
+        logger.info("memory plan: %d segments; one session would take %s", len(cuts) + 1, _text(whole))
+    elif whole > limit:
+        logger.warning("the model has no layers to cut it at and may need %s, over %s", _text(whole), _text(limit))
+    else:
+        logger.info("memory plan: one session of about %s, under the limit of %s", _text(whole), _text(limit))
+    return Plan(limit, points, cuts)
+
+
+def parse_memory(text: str) -> int:
+    """Reads ``4GB``, ``512MB`` or a number of bytes.
+
+    Raises:
+        OptionError: Not of that form.
+    """
+    number = text.strip().upper().rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip().upper()[len(number) :].replace("IB", "B")
+    try:
+        value = float(number) * _UNITS[unit if unit in _UNITS else unit + "B"]
+    except (KeyError, ValueError):
+        raise OptionError(f"--memory {text}: give a size such as 4GB or 512MB") from None
+    if not value >= 1:
+        raise OptionError(f"--memory {text}: the limit must be above 0")
+    return int(value)
+
+
+def _free() -> int:
+    """Memory that is available; a guess of 8 GiB where the platform does not tell."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
+def _text(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 1 << 30 else f"{count / 2**20:.0f} MB"

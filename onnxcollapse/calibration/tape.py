@@ -13,10 +13,14 @@ class Tape:
     """Arrays by name and batch in temporary files without names: whatever ends the process, nothing of them is left.
 
     They are read, not mapped, because mapped pages would count as resident memory.
+
+    Args:
+        base: What is not on this tape is read from that one, which is never written through this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, base: Tape | None = None) -> None:
         self._reels: dict[str, _Reel] = {}
+        self._base = base
 
     def put(self, name: str, array: np.ndarray) -> None:
         """Appends the next batch of a tensor."""
@@ -26,14 +30,19 @@ class Tape:
 
     def get(self, name: str, batch: int) -> np.ndarray:
         """Reads a batch of a tensor, the first one being 0."""
-        return self._reels[name].get(batch)
+        return self._reel(name).get(batch)
 
     def dtype(self, name: str) -> np.dtype:
         """Element type of a tensor."""
-        return self._reels[name].dtype
+        return self._reel(name).dtype
+
+    def _reel(self, name: str) -> _Reel:
+        if name in self._reels or self._base is None:
+            return self._reels[name]
+        return self._base._reel(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._reels
+        return name in self._reels or (self._base is not None and name in self._base)
 
     def drop(self, names: Iterable[str]) -> None:
         """Forgets tensors and frees their space."""

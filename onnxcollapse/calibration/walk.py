@@ -124,22 +124,24 @@ class Walk:
                     self.tape.put(name, results[name])
                 yield Step(part, number, batch, results)
 
-    def move_on(self) -> None:
-        """Goes to the next segment and forgets what neither a later one reads nor the model gives out."""
+    def move_on(self, *, keep: bool = False) -> None:
+        """Goes to the next segment and, unless all is to be kept, forgets what no one will ask for any more."""
         self.place += 1
+        if keep:
+            return
         later = {name for segment in self.segments[self.place :] for name in segment.reads}
         passed = {name for segment in self.segments[: self.place] for name in segment.gives}
         shown = {name for segment in self.segments for name in segment.outputs}
         self.tape.drop(passed - later - shown)
 
-    def run(self, outputs: Sequence[str] = ()) -> None:
+    def run(self, outputs: Sequence[str] = (), *, keep: bool = False) -> None:
         """Takes the data to the last segment; outputs of the model that are made on the way wait on the tape."""
         while self.place < len(self.segments) - 1:
             made = [name for name in outputs if name in self.segment.outputs and name not in self.segment.gives]
             for step in self.pass_through(wanted=made):
                 for name in made:
                     self.tape.put(name, step.outputs[name])
-            self.move_on()
+            self.move_on(keep=keep)
 
     def finish(self, outputs: Sequence[str]) -> Iterator[Step]:
         """Runs the last segment and gives the outputs of every batch; may be repeated.

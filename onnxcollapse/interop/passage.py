@@ -15,7 +15,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxcollapse.errors import ModelError
 from onnxcollapse.interop.restore import restore
-from onnxcollapse.model import carry, checks, loading, scratch, skeleton, walk, weights
+from onnxcollapse.model import Model, carry, checks, edit, loading, scratch, skeleton, walk, weights
 
 LOCATION = "onnxcollapse.graphsurgeon"
 
@@ -61,10 +61,12 @@ class Passage:
             after = self._export(graph)
         if not after.graph.output:
             raise ModelError("the graph has no outputs; leave at least one")
+        changed = _changed(self._before.graph, after.graph)
         restore(self._original, self._before, after)
         made = loading.from_proto(after)
         walk.map_tensors(made, self._attach)
         checks.settle(made)
+        _correct_shapes(made, changed)
         return made
 
     def held(self, proto: onnx.TensorProto) -> ir.TensorProtocol | None:
@@ -162,6 +164,43 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
         return a.tolist() == b.tolist()
     flat_a, flat_b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
     return np.array_equal(flat_a, flat_b)
+
+
+def _changed(before: onnx.GraphProto, after: onnx.GraphProto) -> set[str]:
+    """Names of the tensors that are other ones, or made in another way, than before."""
+    known = {item.SerializeToString() for item in (*before.node, *before.initializer, *before.input)}
+    sources = [
+        item.name for item in (*after.initializer, *after.input) if item.SerializeToString() not in known
+    ]
+    made = [node.output for node in after.node if node.SerializeToString() not in known]
+    return {*sources, *(name for outputs in made for name in outputs)}
+
+
+def _correct_shapes(model: ir.Model, changed: set[str]) -> None:
+    """Infers the shapes behind what has changed again where those declared contradict them.
+
+    A script that narrows a weight need not know of the shapes that the model declares; runtimes refuse stale ones.
+    """
+    reached = set(changed)
+    for node in model.graph:
+        inner = [item for graph in walk.subgraphs(node) for held in walk.nested(graph) for item in held]
+        read = {value.name for item in (node, *inner) for value in item.inputs if value is not None}
+        if read & reached:
+            reached.update(value.name or "" for value in node.outputs)
+    trial = Model(model).clone()
+    values = [value for node in trial.graph for value in node.outputs if value.name in reached]
+    edit.refresh_shapes(trial, values)
+    inferred = {value.name: value.shape for value in values}
+    for node in model.graph:
+        for value in node.outputs:
+            new = inferred.get(value.name)
+            if new is not None and value.shape is not None and _contradict(value.shape, new):
+                value.shape = new.copy()
+
+
+def _contradict(a: ir.Shape, b: ir.Shape) -> bool:
+    pairs = zip(a, b, strict=False)
+    return len(a) != len(b) or any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in pairs)
 
 
 def _digestible(model: onnx.ModelProto) -> onnx.ModelProto:

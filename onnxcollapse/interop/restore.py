@@ -20,9 +20,6 @@ T = TypeVar("T", bound=Hashable)
 NOTES = ("doc_string", "metadata_props", "producer_name", "producer_version")
 """Fields that no script means to clear; a copy of a graph lacks them."""
 
-WHOLE = ("onnx.TensorProto", "onnx.SparseTensorProto")
-"""Messages of which the parts make no sense without each other."""
-
 
 def restore(original: onnx.ModelProto, before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     """Restores what graphsurgeon does not carry, and what it writes differently.
@@ -66,13 +63,10 @@ def _merge(old: Message, before: Message, after: Message) -> None:
 
 
 def _is_open(name: str, before: Any, after: Any) -> bool:
-    """Whether a field still means the same: not so in a tensor or an operator that was replaced."""
-    kind = after.DESCRIPTOR.full_name
-    if name in NOTES:
+    """Whether a field still means the same: attributes of a node do not when its operator was replaced."""
+    if after.DESCRIPTOR.full_name != "onnx.NodeProto" or name not in ("attribute", "overload"):
         return True
-    if kind == "onnx.NodeProto" and name in ("attribute", "overload"):
-        return (before.op_type, before.domain) == (after.op_type, after.domain)
-    return kind not in WHOLE
+    return (before.op_type, before.domain) == (after.op_type, after.domain)
 
 
 def _merge_field(field: Any, old: Message, before: Message, after: Message) -> None:

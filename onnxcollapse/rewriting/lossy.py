@@ -34,7 +34,7 @@ from onnxcollapse.rewriting.selection import (
     reaching,
 )
 from onnxcollapse.rewriting.transaction import extent
-from onnxcollapse.verification import Verifier
+from onnxcollapse.verification import States, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,14 @@ class _Place:
     site: Site
     position: int
     nodes: frozenset[str]
+    tensors: frozenset[str]
 
     @property
     def key(self) -> tuple[str, str, frozenset[str]]:
         return self.maker.describe(), self.site.name, self.nodes
+
+    def candidate(self, offer: Proposal) -> Candidate:
+        return Candidate(self.maker, offer, self.position, self.nodes, tensors=self.tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +181,7 @@ class LossyStage:
                 if isinstance(offer, Decline):
                     self._decline(place.maker, offer)
                 else:
-                    offers.append(Candidate(place.maker, offer, place.position, place.nodes))
+                    offers.append(place.candidate(offer))
             open_offers = [item for item in offers if (item.key, item.nodes) not in self._refused]
             if not open_offers:
                 self._closed.add(place.key)
@@ -193,7 +197,8 @@ class LossyStage:
         waiting = [place for place in places if requests[place.key]]
         wanted = [request for place in waiting for request in requests[place.key]]
         held = Statistics()
-        sweep = self._sweep(model, wanted, self._reference if self.changed else None)
+        sites = [place.site for place in waiting]
+        sweep = self._sweep(model, wanted, self._reference if self.changed else None, sites)
         with self._progress.task("statistics", 0) as task:
             sweep.tell = task.update
             for _, statistics in sweep:
@@ -216,25 +221,44 @@ class LossyStage:
                 continue
             nodes = [node for node in site.nodes if node in order]
             first = min((order[node] for node in nodes), default=0)
-            place = _Place(item, site, first, frozenset(map(node_key, nodes)))
+            tensors = frozenset(value.name or "" for node in nodes for value in node.outputs)
+            place = _Place(item, site, first, frozenset(map(node_key, nodes)), tensors)
             if place.key not in self._closed:
                 yield place
 
     def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:
-        """Applies each candidate alone and measures what it saves and what it costs at the outputs."""
+        """Applies each candidate alone and measures what it saves and what it costs at the outputs.
+
+        Only what lies behind the candidate's layer runs. Variants of a site that fit worse than one that broke the
+        budget are not run: the error at the site ranks variants of one site.
+        """
         priced, whole = [], extent(start, self._shapes)
-        with self._progress.task(f"round {number + 1}: pricing", len(candidates)) as task:
+        broke: dict[tuple[str, str], float] = {}
+        with (
+            self._progress.task(f"round {number + 1}: pricing", len(candidates)) as task,
+            self._verifier.states(start, self._plan.points, limit=PRICE_SAMPLES) as states,
+        ):
             for candidate in candidates:
                 task.advance()
-                reason, saving, impact = self._trial(start, whole, candidate)
+                place, predicted = candidate.key[:2], candidate.proposal.predicted_error
+                if predicted >= broke.get(place, math.inf):
+                    self._refuse(
+                        candidate, "declined", "a variant with less error at the site breaks the budget"
+                    )
+                    continue
+                reason, saving, impact = self._trial(start, whole, candidate, states)
                 tried = dataclasses.replace(candidate, saving=saving, impact=impact)
                 if reason is None:
                     priced.append(tried)
-                else:
-                    self._refuse(tried, "declined", reason)
+                    continue
+                self._refuse(tried, "declined", reason)
+                if math.isfinite(impact):
+                    broke[place] = min(predicted, broke.get(place, math.inf))
         return priced
 
-    def _trial(self, start: Model, whole: Saving, candidate: Candidate) -> tuple[str | None, Saving, float]:
+    def _trial(
+        self, start: Model, whole: Saving, candidate: Candidate, states: States
+    ) -> tuple[str | None, Saving, float]:
         trial = start.clone()
         try:
             self._apply(trial, candidate.maker, candidate.proposal)
@@ -245,7 +269,7 @@ class LossyStage:
         if objection is not None:
             return objection, saving, math.inf
         try:
-            impact = self._verifier.error(trial, limit=PRICE_SAMPLES)
+            impact = self._verifier.error_from(states, states.place(candidate.tensors), trial)
         except (MetricError, ModelError) as error:
             return str(error), saving, math.inf  # an output is another one, or no runtime takes the model
         if not math.isfinite(impact):
@@ -334,7 +358,7 @@ class LossyStage:
     ) -> list[Candidate]:
         """Walks through `trial`, fits and applies each candidate in its layer; returns those that need no fit."""
         wanted = [request for item in waiting for request in requests[item.key]]
-        sweep = self._sweep(trial, wanted, self._reference)
+        sweep = self._sweep(trial, wanted, self._reference, [self._site(trial, item) for item in waiting])
         with self._progress.task("fitting", 0) as task:
             sweep.tell = task.update
             for _, statistics in sweep:
@@ -363,8 +387,14 @@ class LossyStage:
                 return offer
         return candidate.proposal
 
-    def _sweep(self, model: Model, requests: Sequence[Request], reference: Model | None) -> Sweep:
-        points = self._plan.points
+    def _sweep(
+        self, model: Model, requests: Sequence[Request], reference: Model | None, sites: Iterable[Site]
+    ) -> Sweep:
+        """Cuts between layers, but through no site: it is rewritten as a whole, in the segment of its output."""
+        inside = {
+            v.name for site in sites for node in site.nodes for v in node.outputs if v.name != site.name
+        }
+        points = [point for point in self._plan.points if point not in inside]
         return Sweep(model, requests, self._data, provider=self._provider, reference=reference, cuts=points)
 
     def _decline(self, item: Pass, decline: Decline) -> None:

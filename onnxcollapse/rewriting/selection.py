@@ -22,6 +22,7 @@ class Candidate:
         nodes: Keys of the nodes that the site holds; candidates that share one exclude each other.
         saving: Measured by applying it alone.
         impact: Error at the outputs of it alone, on a sample.
+        tensors: Names of the tensors that the site's nodes compute.
     """
 
     maker: Pass
@@ -30,6 +31,7 @@ class Candidate:
     nodes: frozenset[str]
     saving: Saving = field(default_factory=Saving)
     impact: float = 0.0
+    tensors: frozenset[str] = frozenset()
 
     @property
     def key(self) -> tuple[str, str, str]:

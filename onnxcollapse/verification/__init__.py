@@ -5,6 +5,6 @@ from __future__ import annotations
 
 from onnxcollapse.verification.compare import Comparison, OutputComparison, compare
 from onnxcollapse.verification.metrics import METRICS, Metric, metric
-from onnxcollapse.verification.verifier import Verifier
+from onnxcollapse.verification.verifier import States, Verifier
 
-__all__ = ["METRICS", "Comparison", "Metric", "OutputComparison", "Verifier", "compare", "metric"]
+__all__ = ["METRICS", "Comparison", "Metric", "OutputComparison", "States", "Verifier", "compare", "metric"]

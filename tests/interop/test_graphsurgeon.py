@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from onnxcollapse import Budget, Model, optimize
@@ -200,6 +202,29 @@ def edit(graph):
     for name in ("c0", "c1", "c2", "c3"):
         got, was = (item.graph.initializers[name].const_value.numpy() for item in (small, model))
         np.testing.assert_array_equal(got, was + np.float32(1e-4) if name == "c2" else was)
+
+
+def test_a_script_that_narrows_a_layer_need_not_mind_declared_shapes(workspace, script):
+    model = mlp([8, 64, 8])
+    model = Model(ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model.ir))))
+    assert model.graph[1].outputs[0].shape[1] == 64
+    for name in ("c0", "c1"):  # neurons 32 to 63 do nothing
+        tensor = model.graph.initializers[name].const_value.numpy().copy()
+        tensor[32:] = 0
+        model.graph.initializers[name].const_value = ir.tensor(tensor, name=name)
+    workspace.write_model(model)
+    script("""
+def edit(graph):
+    tensors = graph.tensors()
+    for name, part in (("c0", np.s_[:32]), ("c1", np.s_[:32]), ("c2", np.s_[:, :32])):
+        tensors[name].values = tensors[name].values[part]
+""")
+    found = workspace.summary("--pass", SPEC, "--budget", "0.01")
+    assert found["params_after"] == 8 * 32 + 32 + 32 * 8 + 8
+    assert found["error"] == pytest.approx(0.0, abs=1e-6)
+    onnx.checker.check_model(str(workspace.folder / "out.onnx"), full_check=True)
+    small = Model.load("out.onnx")
+    assert [str(value) for value in small.graph[1].outputs[0].shape] == ["n", "32"]
 
 
 def test_scripts_may_import_their_neighbours_define_dataclasses_and_print(workspace, script):

@@ -136,6 +136,40 @@ def want_operator_of_a_node(graph):
     node.attribute.add(name="alpha", type=onnx.AttributeProto.FLOAT, f=2.0)
 
 
+def operator_with_odd_attributes(graph):
+    node = find(graph, "custom")
+    node.op, node.attrs = "Relu", {}
+    node.domain = None
+
+
+def want_operator_with_odd_attributes(graph):
+    node = find_proto(graph, "custom")
+    node.op_type = "Relu"
+    for field in ("attribute", "domain"):
+        node.ClearField(field)
+
+
+def a_call_of_an_overload(graph):
+    find(graph, "act").op = "Gelu"
+    find(graph, "act").domain = ""
+
+
+def want_a_call_of_an_overload(graph):
+    node = find_proto(graph, "act")
+    node.op_type = "Gelu"
+    for field in ("overload", "domain"):
+        node.ClearField(field)
+
+
+def a_constant_that_a_branch_reads_too(graph):
+    find(graph, "if").attrs["else_branch"].nodes[0].inputs[1] = graph.tensors()["w_small"]
+
+
+def want_a_constant_that_a_branch_reads_too(graph):
+    branch = next(a.g for a in find_proto(graph, "if").attribute if a.name == "else_branch")
+    branch.node[0].input[1] = "w_small"
+
+
 def a_new_node(graph):
     product, total = graph.tensors()["product"], find(graph, "sum")
     made = gs.Variable("made", np.float32, ["n", 32])
@@ -202,6 +236,9 @@ EDITS = {
     for edit, want in (
         (attribute_of_a_node, want_attribute_of_a_node),
         (operator_of_a_node, want_operator_of_a_node),
+        (operator_with_odd_attributes, want_operator_with_odd_attributes),
+        (a_call_of_an_overload, want_a_call_of_an_overload),
+        (a_constant_that_a_branch_reads_too, want_a_constant_that_a_branch_reads_too),
         (a_new_node, want_a_new_node),
         (a_node_less, want_a_node_less),
         (a_node_of_a_subgraph, want_a_node_of_a_subgraph),
@@ -231,6 +268,7 @@ def test_only_what_the_script_changes_changes(model, name):
         ("eight_bits", (32, 32), ml_dtypes.float8_e4m3fnuz),
         ("by_default", (32,), np.float32),
         ("big_default", (32, 32), np.float32),
+        ("typed", (2, 16), np.float32),
     ],
 )
 @pytest.mark.parametrize("way", ["in place", "anew"])

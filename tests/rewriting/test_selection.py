@@ -66,10 +66,12 @@ def test_what_saves_nothing_comes_last_but_what_was_asked_for_first():
     assert names(ranked(items)) == "xba"
 
 
-@pytest.mark.parametrize("cap, expected", [(0.0, ""), (0.1, "a"), (0.29, "a"), (0.3, "ab"), (9.0, "abc")])
+@pytest.mark.parametrize(
+    "cap, expected", [(0.0, ""), (0.125, "a"), (0.374, "a"), (0.375, "ab"), (0.874, "ab"), (0.875, "abc")]
+)
 def test_affordable_is_the_longest_run_within_the_cap(cap, expected):
-    items = [candidate("a", impact=0.1), candidate("b", impact=0.2), candidate("c", impact=0.3)]
-    assert names(affordable(items, cap + 1e-12)) == expected
+    items = [candidate("a", impact=0.125), candidate("b", impact=0.25), candidate("c", impact=0.5)]
+    assert names(affordable(items, cap)) == expected
 
 
 @pytest.mark.parametrize(

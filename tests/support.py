@@ -106,3 +106,19 @@ def file_bytes(model: Model, folder: Path) -> bytes:
     path = folder / "written.onnx"
     model.save(path)
     return path.read_bytes()
+
+
+WIDTH, LAYERS = 8, 5
+
+
+def residual(seed: int = 0):
+    """x -> Linear -> LAYERS of h + scale(x) * Linear(Relu(Linear(h))) -> Linear -> y; scale is a side path."""
+    net = Net(seed)
+    scale = net.op("Sigmoid", net.op("ReduceMean", "s", axes=[-1], keepdims=1), name="scale")
+    value = net.dense("x", WIDTH, WIDTH, name="h0")
+    for layer in range(LAYERS):
+        hidden = net.op("Relu", net.dense(value, WIDTH, 24), name=f"a{layer}")
+        update = net.op("Mul", net.dense(hidden, 24, WIDTH, name=f"u{layer}"), scale)
+        value = net.op("Add", value, update, name=f"h{layer + 1}")
+    net.dense(value, WIDTH, 4, name="y")
+    return net.model({"x": ["n", WIDTH], "s": ["n", 3]}, {"y": ["n", 4]})

@@ -102,6 +102,10 @@ class Sweep:
         self._model, self._parts, self._data = model, parts, data
         self.tell: Progress | None = None
         beside = reference is not None and any(ref.source == "reference" for ref in _all_refs(self._requests))
+        # What a rewrite took away from one of the two cannot cut the other: they walk side by side.
+        graphs = [model.graph] if reference is None or not beside else [model.graph, reference.graph]
+        shared = set.intersection(*(set(main_values(graph)) for graph in graphs))
+        cuts = [name for name in cuts if name in shared]
         self._walk = Walk(model, data, cuts, parts=parts, provider=provider)
         self._beside = (
             Walk(reference, data, cuts, parts=parts, provider=provider) if reference and beside else None

@@ -58,7 +58,7 @@ class ExactStage:
         self._extent = start = extent(self._model)
         changed = self._settle(verify=False)
         if changed and self._moved() is not None:
-            logger.warning("exact rewrites moved the outputs; repeating them one by one")
+            logger.info("exact rewrites moved the outputs; repeating them one by one")
             self._model.ir, self._extent = snapshot.ir, start
             del self._journal.entries[noted:]
             changed = self._settle(verify=True)

@@ -10,22 +10,7 @@ from onnxcollapse.calibration.segments import extract, plan_cuts, segments
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Walk
 from onnxcollapse.model import size
-from tests.support import Net, outputs, rows
-
-WIDTH, LAYERS = 8, 5
-
-
-def residual(seed: int = 0):
-    """x -> Linear -> LAYERS of h + scale(x) * Linear(Relu(Linear(h))) -> Linear -> y; scale is a side path."""
-    net = Net(seed)
-    scale = net.op("Sigmoid", net.op("ReduceMean", "s", axes=[-1], keepdims=1), name="scale")
-    value = net.dense("x", WIDTH, WIDTH, name="h0")
-    for layer in range(LAYERS):
-        hidden = net.op("Relu", net.dense(value, WIDTH, 24), name=f"a{layer}")
-        update = net.op("Mul", net.dense(hidden, 24, WIDTH, name=f"u{layer}"), scale)
-        value = net.op("Add", value, update, name=f"h{layer + 1}")
-    net.dense(value, WIDTH, 4, name="y")
-    return net.model({"x": ["n", WIDTH], "s": ["n", 3]}, {"y": ["n", 4]})
+from tests.support import LAYERS, WIDTH, outputs, residual, rows
 
 
 @pytest.fixture

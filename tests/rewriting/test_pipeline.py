@@ -62,7 +62,7 @@ def test_harm_done_together_is_found_by_bisection_and_only_its_cause_rolled_back
 
 def test_an_exact_pass_that_is_not_is_found_by_measurement_and_the_others_stay(caplog):
     model = branches(1e-7, 0.5, 1e-7)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         result = run(model, Drop(claims=True))
     assert "exact rewrites moved the outputs" in caplog.text
     assert kept(result) == ["b0", "b2"]

@@ -23,6 +23,9 @@ from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 
+HEAD = 4096
+"""Bytes by which tensors of one shape are told apart before any is read whole."""
+
 
 @dataclass(frozen=True)
 class Copies:
@@ -137,13 +140,21 @@ def _equal_groups(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:
         tensor = _tensor(value)
         shapes[(tensor.dtype, tuple(tensor.shape))].append(value)
     for alike in shapes.values():
-        if len(alike) == 1:
-            yield alike
-            continue
-        contents: dict[str, list[ir.Value]] = defaultdict(list)
-        for value in alike:
-            contents[weights.digest(_tensor(value))].append(value)
-        yield from contents.values()
+        heads: dict[bytes, list[ir.Value]] = defaultdict(list)
+        for value in alike if len(alike) > 1 else ():
+            heads[next(weights.chunks(_tensor(value), HEAD), b"")].append(value)
+        for group in heads.values() if heads else [alike]:
+            yield from _by_content(group)
+
+
+def _by_content(values: list[ir.Value]) -> Iterable[list[ir.Value]]:
+    """Groups values that begin alike; one alone is not read."""
+    if len(values) == 1:
+        return [values]
+    contents: dict[str, list[ir.Value]] = defaultdict(list)
+    for value in values:
+        contents[weights.digest(_tensor(value))].append(value)
+    return contents.values()
 
 
 def _transposed_pairs(values: list[ir.Value], min_bytes: int) -> Iterator[Copies]:

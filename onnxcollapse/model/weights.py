@@ -18,8 +18,8 @@ _TILE = 8 << 20
 _SAMPLES = 16
 
 
-def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
-    """The tensor's bytes, little-endian and packed as raw_data, in pieces of at most 4 MB.
+def chunks(tensor: ir.TensorProtocol, size: int = CHUNK) -> Iterator[bytes]:
+    """The tensor's bytes, little-endian and packed as raw_data, in pieces of at most `size`, 4 MB by default.
 
     File-backed tensors are read, not mapped, because mapped pages count as resident memory. Strings come one
     by one, each behind its length in eight bytes.
@@ -28,12 +28,12 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes]:
         for text in _strings(tensor):
             yield len(text).to_bytes(8, "little") + text
     elif isinstance(tensor, FileTensor):
-        for start in range(0, tensor.nbytes, CHUNK):
-            yield tensor.read(start, min(CHUNK, tensor.nbytes - start))
+        for start in range(0, tensor.nbytes, size):
+            yield tensor.read(start, min(size, tensor.nbytes - start))
     else:
         view = _view(tensor)
-        for start in range(0, len(view), CHUNK):
-            yield bytes(view[start : start + CHUNK])
+        for start in range(0, len(view), size):
+            yield bytes(view[start : start + size])
 
 
 def _strings(tensor: ir.TensorProtocol) -> list[bytes]:

@@ -5,8 +5,8 @@
     python -m benchmarks.main_job -o out --models fashion_relu --budgets 0.05
 
 Models and data come from the recipes in `models/`, built into OUT when they are not there. Calibration data and
-the data that the quality is measured on never overlap. `forward_seconds` is one plain run of the same calibration data through
-ONNX Runtime; `ratio` is the time of the whole optimization over that.
+the data that the quality is measured on never overlap. `forward_seconds` is one plain run of the same calibration
+data through ONNX Runtime; `ratio` is the time of the whole optimization over that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder of any size with random weights in external data, for tests of memory: it says nothing about accuracy.
 
-    python -m models.synthetic_decoder -o out/decoder                      # 6.2 GiB: 22 layers of 2048, FFN 8192
+    python -m models.synthetic_decoder -o out/decoder                      # 6.6 GB: 30 layers of 2048, FFN 8192
     python -m models.synthetic_decoder -o out/tiny --layers 4 --width 64 --hidden 256 --vocabulary 512
 
 Layer l is h += Attention(norm(h)), h += W2 relu(W1 norm(h)); one initializer a matrix, all in one sidecar, written
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the recipe; returns the exit status."""
     parser = recipe.arguments("synthetic_decoder", __doc__, measures=False)
     for option, default in (
-        ("layers", 22),
+        ("layers", 30),
         ("width", 2048),
         ("hidden", 8192),
         ("vocabulary", 32_000),

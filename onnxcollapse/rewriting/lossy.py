@@ -242,8 +242,9 @@ class LossyStage:
                 task.advance()
                 place, predicted = candidate.key[:2], candidate.proposal.predicted_error
                 if predicted >= broke.get(place, math.inf):
+                    unmeasured = dataclasses.replace(candidate, impact=math.inf)
                     self._refuse(
-                        candidate, "declined", "a variant with less error at the site breaks the budget"
+                        unmeasured, "declined", "a variant with less error at the site breaks the budget"
                     )
                     continue
                 reason, saving, impact = self._trial(start, whole, candidate, states)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration.statistics import Request, Statistics
 from onnxcollapse.errors import ModelError, OnnxCollapseError, OptionError
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
 
 logger = logging.getLogger(__name__)
@@ -94,11 +94,12 @@ class Pass(abc.ABC):
 
 
 @contextlib.contextmanager
-def blamed(item: Pass) -> Iterator[None]:
+def blamed(item: Pass, model: Model | None = None) -> Iterator[None]:
     """Names the pass in what goes wrong inside it: a third party's mistake is one line, not a traceback.
 
     Raises:
-        ModelError: The pass raised something that is no error of this package.
+        ModelError: The pass raised something that is no error of this package; where `model` is given and no
+            valid model, that is what is said instead.
     """
     try:
         yield
@@ -106,6 +107,8 @@ def blamed(item: Pass) -> Iterator[None]:
         raise
     except Exception as error:
         logger.debug("pass '%s' failed", item.name, exc_info=True)
+        if model is not None:
+            edit.check(model, full=True)
         raise ModelError(
             f"pass '{item.name}' failed with {type(error).__name__}: {error}; -vv shows where"
         ) from error
@@ -113,7 +116,7 @@ def blamed(item: Pass) -> Iterator[None]:
 
 def sites_of(item: Pass, model: Model) -> list[Site | Decline]:
     """Returns all sites of a pass; raises ModelError in the pass's name when it fails."""
-    with blamed(item):
+    with blamed(item, model):
         return list(item.sites(model))
 
 

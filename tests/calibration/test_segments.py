@@ -128,3 +128,14 @@ def test_tapes_give_back_what_was_put_and_forget_what_is_dropped():
         np.testing.assert_array_equal(tape.get("a", number), arrays[number])
     tape.drop(["a"])
     assert "a" not in tape
+
+
+def test_a_cut_that_a_rewrite_took_away_from_one_model_cuts_neither(model, data):
+    """A model whose last layers are gone has fewer segments than its reference."""
+    short = residual()
+    for name in [f"h{i}" for i in range(2, LAYERS + 1)]:
+        next(v for node in short.graph for v in node.outputs if v.name == name).name = f"{name}_other"
+    cuts = cut_points(model.graph)
+    wanted = [Gram((Ref("h1"),), (Ref("y", "reference"),))]
+    whole = collect(short, wanted, data, provider="cpu", reference=model)
+    assert_same(collect(short, wanted, data, provider="cpu", reference=model, cuts=cuts), whole)

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,23 @@ def one_line(stderr: str, exit_code: int, status: int = 2) -> str:
     assert len(lines) == 1, stderr
     assert lines[0].startswith("onnxcollapse: ")
     return lines[0].removeprefix("onnxcollapse: ")
+
+
+def mentions(line: str, *words: str) -> None:
+    """Checks that an error says all that it should."""
+    for word in words:
+        assert word in line, f"{word!r} is not in: {line}"
+
+
+@contextmanager
+def logging_restored():
+    """Takes back how the command line sets up logging: to a stream that is closed when the command has run."""
+    root, ours = logging.getLogger(), logging.getLogger("onnxcollapse")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 def start(*arguments: object, folder: Path, prelude: str | None = None, **environment: str):

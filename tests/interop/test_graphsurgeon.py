@@ -12,7 +12,7 @@ import pytest
 
 from onnxcollapse import Budget, Model, optimize
 from onnxcollapse.interop.graphsurgeon import GraphSurgeonPass
-from tests.cli.workspace import Workspace
+from tests.cli.workspace import Workspace, logging_restored
 from tests.support import Net, data_for, mlp, outputs, relative, rows
 
 SPEC = "graphsurgeon:script=edit.py"
@@ -22,7 +22,8 @@ PROMISED = f"{SPEC},keeps-function=true"
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return Workspace(tmp_path)
+    with logging_restored():
+        yield Workspace(tmp_path)
 
 
 @pytest.fixture

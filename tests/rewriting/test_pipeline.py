@@ -15,11 +15,11 @@ import onnx_ir as ir
 import pytest
 
 from onnxcollapse import Budget, Decline, Model, Pass, Proposal, Target, optimize
-from onnxcollapse.errors import BudgetNotMetError, DataError, ModelError
+from onnxcollapse.errors import BudgetNotMetError, DataError
 from onnxcollapse.model import edit, size
 from onnxcollapse.rewriting.pipeline import require_met, shortfall
 from tests.rewriting.branches import BRANCH, WIDTH, Branch, Drop, branches, kept, left, remaining, run
-from tests.support import Net, data_for, mlp, outputs, relative, rows
+from tests.support import data_for, mlp, outputs, relative, rows
 
 
 def test_what_fits_is_kept_and_what_does_not_is_declined_with_the_figures():
@@ -62,7 +62,7 @@ def test_harm_done_together_is_found_by_bisection_and_only_its_cause_rolled_back
 
 def test_an_exact_pass_that_is_not_is_found_by_measurement_and_the_others_stay(caplog):
     model = branches(1e-7, 0.5, 1e-7)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="onnxcollapse"):
         result = run(model, Drop(claims=True))
     assert "exact rewrites moved the outputs" in caplog.text
     assert kept(result) == ["b0", "b2"]
@@ -167,112 +167,6 @@ def test_a_target_can_be_met_by_exact_rewrites_with_and_without_data():
     assert not result.met
 
 
-@dataclass(frozen=True)
-class Breaking(Drop):
-    """Breaks the graph at b1 in one of several ways."""
-
-    name: ClassVar[str] = "breaking"
-    way: str = "refuses"
-
-    def rewrite(self, model: Model, site: Branch, proposal: Proposal) -> None:
-        if site.name != "b1":
-            super().rewrite(model, site, proposal)
-        elif self.way == "refuses":
-            raise ModelError("b1 cannot be rewritten; leave it")
-        elif self.way == "cycle":
-            site.node.replace_input_with(0, model.graph.outputs[0])
-        elif self.way == "domain":
-            site.node.domain = "nobody"
-        elif self.way == "operator":
-            weight = site.node.inputs[1]
-            model.graph.remove(made := site.node, safe=False)
-            node = ir.node("NoSuchOperator", [made.inputs[0]], outputs=[ir.Value(name="fresh")])
-            model.graph.insert_before(next(iter(model.graph)), node)
-            made.outputs[0].replace_all_uses_with(node.outputs[0])
-            assert weight is not None
-
-
-@pytest.mark.parametrize(
-    "way, reason",
-    [
-        ("refuses", "b1 cannot be rewritten; leave it"),
-        ("cycle", "cycle"),
-        ("domain", "'nobody', which is not imported"),
-        ("operator", "ONNX Runtime cannot load"),
-    ],
-)
-@pytest.mark.parametrize("claims", [False, True])
-def test_a_rewrite_that_breaks_the_graph_is_declined_and_the_others_stay(way, reason, claims):
-    result = run(branches(1e-7, 1e-7, 1e-7), Breaking(claims=claims, way=way))
-    assert kept(result) == ["b0", "b2"]
-    assert reason in left(result)["b1"][1]
-    assert remaining(result.model) == ["b1"]
-    edit.check(result.model, full=True)
-
-
-@pytest.mark.parametrize("step", ["sites", "propose", "requests", "rewrite"])
-@pytest.mark.parametrize("claims", [False, True])
-def test_a_mistake_inside_a_pass_is_told_in_its_name(step, claims):
-    def fail(*_):
-        raise IndexError("list index out of range")
-
-    kind = dataclass(frozen=True)(type("Wrong", (Drop,), {step: fail, "__annotations__": {}}))
-    reason = "pass 'drop' failed with IndexError: list index out of range"
-    if step == "requests" and claims:
-        assert kept(run(branches(1e-7), kind(claims=True))) == ["b0"]
-    elif step == "rewrite":
-        assert reason in left(run(branches(1e-7), kind(claims=claims)))["b0"][1]
-    else:
-        with pytest.raises(ModelError, match=reason):
-            run(branches(1e-7), kind(claims=claims))
-
-
-@dataclass(frozen=True)
-class OneOnly(Drop):
-    """Sees branches only while there are three of them: the first rewrite takes the other sites away."""
-
-    name: ClassVar[str] = "one-only"
-
-    def sites(self, model: Model):
-        found = list(super().sites(model))
-        return found if len(found) == 3 else []
-
-    def requests(self, site):
-        from onnxcollapse.calibration.statistics import Moments, Ref
-
-        return [Moments(Ref(site.name))]
-
-
-@pytest.mark.parametrize("claims", [False, True])
-def test_a_site_that_another_rewrite_took_away_is_no_crash(claims):
-    result = run(branches(1e-7, 1e-7, 1e-7), OneOnly(claims=claims))
-    assert len(kept(result)) == (3 if claims else 1)
-    for outcome, reason in left(result).values():
-        assert outcome == "rolled-back"
-        assert "is gone; an earlier rewrite consumed it" in reason
-
-
-@dataclass(frozen=True)
-class Reshaping(Drop):
-    """Gives the output another shape."""
-
-    name: ClassVar[str] = "reshaping"
-
-    def rewrite(self, model: Model, site: Branch, proposal: Proposal) -> None:
-        column = edit.add_initializer(model.graph, "column", np.zeros((WIDTH, 1, 1)), ir.DataType.FLOAT)
-        made = ir.node("Mul", [site.node.inputs[0], column])
-        edit.insert_before(model.graph, site.node, made)
-        made.outputs[0].dtype = ir.DataType.FLOAT
-        site.node.outputs[0].replace_all_uses_with(made.outputs[0])
-
-
-@pytest.mark.parametrize("claims", [False, True])
-def test_outputs_of_another_shape_are_declined(claims):
-    result = run(branches(1e-7, 1e-7), Reshaping(claims=claims))
-    assert kept(result) == []
-    assert all("shape" in reason for _, reason in left(result).values())
-
-
 def test_passes_that_decline_are_heard_once():
     @dataclass(frozen=True)
     class Picky(Drop):
@@ -330,47 +224,6 @@ def test_too_little_data_is_said_before_the_work():
 
     with pytest.raises(DataError, match="at least 2"):
         optimize(model, data_for(model, rows(1, WIDTH)), passes=[Never(claims=True)])
-
-
-def test_calibration_that_turns_to_nan_behind_a_rewrite_rolls_it_back():
-    """The first rewrite is harmless at the output, but what the second is fitted to becomes infinite."""
-
-    @dataclass(frozen=True)
-    class Blowing(Pass):
-        name: ClassVar[str] = "blowing"
-
-        def sites(self, model):
-            for node in model.graph:
-                if node.outputs[0].name in ("big", "next"):
-                    yield Branch(node)
-
-        def requests(self, site):
-            from onnxcollapse.calibration.statistics import Moments, Ref
-
-            return [Moments(Ref(site.node.inputs[0].name))]
-
-        def propose(self, site, statistics):
-            yield Proposal(site.name, payload=1e30 if site.name == "big" else 0.0)
-
-        def rewrite(self, model, site, proposal):
-            factor = edit.add_initializer(
-                model.graph, "factor", np.full(1, proposal.payload), ir.DataType.FLOAT
-            )
-            made = ir.node("Mul", [site.node.inputs[0], factor])
-            edit.insert_before(model.graph, site.node, made)
-            edit.substitute(model, site.node.outputs[0], made.outputs[0])
-
-    net = Net()
-    big = net.op("MatMul", "x", net.const(np.eye(WIDTH)), name="big")
-    square = net.op("Mul", big, big, name="square")
-    following = net.op("Mul", square, net.const(np.full(WIDTH, 1e-9)), name="next")
-    net.op("Add", "x", net.op("Clip", following, net.const(-1e-6), net.const(1e-6)), name="y")
-    model = net.model({"x": ["n", WIDTH]}, {"y": ["n", WIDTH]})
-    result = run(model, Blowing(), budget=0.5)
-    assert kept(result) == ["next"]
-    outcome, reason = left(result)["big"]
-    assert outcome == "rolled-back"
-    assert "NaN or infinite" in reason
 
 
 def test_random_data_is_noted():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 
 from benchmarks import machine
 from onnxcollapse.calibration import Dataset, Gram, Ref, Sweep, cut_points, open_data, open_session
+from onnxcollapse.calibration.planner import peak_resident
 from onnxcollapse.model import Model
 from onnxcollapse.structure import FeedForward, feedforwards
 
@@ -33,7 +33,9 @@ KINDS = ("forward", "collapse whole", "collapse segments", "subset segments")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the model")
     parser.add_argument("--samples", type=int, default=64, help="windows of 256 tokens")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for kind in (*KINDS, "forward"):  # the forward run twice, before and after: the machine is noisy
         command = [sys.executable, "-m", "benchmarks.calibration", "-o", str(args.output), "--one", kind]
-        done = subprocess.run([*command, "--samples", str(args.samples)], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [*command, "--samples", str(args.samples)], check=True, stdout=subprocess.PIPE, text=True
+        )
         rows.append(json.loads(done.stdout))
         print(json.dumps(rows[-1]), flush=True)
     forward = float(np.mean([row["seconds"] for row in rows if row["kind"] == "forward"]))
@@ -70,7 +74,7 @@ def measure(kind: str, folder: Path, samples: int) -> dict[str, Any]:
         "kind": kind,
         "samples": samples,
         "seconds": round(time.perf_counter() - began, 2),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_rss_mib": peak_resident() >> 20,
     }
 
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcollapse.calibration.leastsquares import LinearFit, rank_path, ridge_fit
 from onnxcollapse.calibration.statistics import Gram, Moments, MomentSums, Ref, Request, Statistics
-from onnxcollapse.model import Model, edit
+from onnxcollapse.model import Model, edit, scratch, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 from onnxcollapse.structure import FeedForward, affine_of, build_linear, feedforwards, prelu_slope
 
@@ -33,10 +34,22 @@ ALIGN = 8
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What a block becomes: the matrices of one Linear, or of two when the rank is limited, and the bias."""
+    """What a block becomes: the matrices of one Linear, or of two when the rank is limited, and the bias.
 
-    matrices: tuple[np.ndarray, ...]
+    Matrices wait on disk: there is one for every variant of every site until the choice is made.
+    """
+
+    matrices: tuple[ir.TensorProtocol, ...]
     offset: np.ndarray
+
+    @classmethod
+    def of(cls, matrices: Iterable[np.ndarray], offset: np.ndarray) -> LinearMap:
+        """Puts float64 matrices aside."""
+        kept = (
+            scratch.hold(np.array(matrix, np.float64, order="C"), ir.DataType.DOUBLE, "map")
+            for matrix in matrices
+        )
+        return cls(tuple(kept), offset)
 
     @property
     def params(self) -> int:
@@ -120,9 +133,9 @@ class CollapseFfn(Pass):
         for index, matrix in enumerate(found.matrices):
             last = index == len(found.matrices) - 1
             anchor = site.down.node
-            value = build_linear(
-                model.graph, anchor, site.down, value, matrix, found.offset if last else None
-            )
+            offset = found.offset if last else None
+            value = build_linear(model.graph, anchor, site.down, value, weights.array(matrix), offset)
+            weights.release(matrix)
         edit.substitute(model, site.output, value)
 
     def _fold(self, site: FeedForward) -> Fold | None:
@@ -151,7 +164,7 @@ class CollapseFfn(Pass):
         features, targets = request.features, request.targets
         p, q = site.d_in, site.d_out
         full = ridge_fit(fit, heldout, features, targets)
-        yield _fit_proposal(site, full, LinearMap((full.matrix,), full.offset), "fit")
+        yield _fit_proposal(site, full, LinearMap.of((full.matrix,), full.offset), "fit")
         if not self.ranks:
             return
         path, seen = rank_path(fit, heldout, features, targets, full), set[int]()
@@ -160,7 +173,7 @@ class CollapseFfn(Pass):
             if rank * (p + q) < p * q and rank not in seen:
                 seen.add(rank)
                 limited = path.at(rank)
-                found = LinearMap(limited.factors(), limited.offset)
+                found = LinearMap.of(limited.factors(), limited.offset)
                 yield _fit_proposal(site, limited, found, f"fit, low rank within {slack:.0%}")
 
 
@@ -230,7 +243,7 @@ def _fold_proposal(site: FeedForward, fold: Fold, before: MomentSums, after: Mom
     power = float(np.sum(after.variance + np.square(after.mean)))
     bound = float(np.linalg.norm(down, 2)) * lost**0.5
     relative = bound / power**0.5 if power > 0 else (0.0 if bound == 0 else float("inf"))
-    found = LinearMap((matrix,), offset)
+    found = LinearMap.of((matrix,), offset)
     detail = (
         f"{site.d_in} -> {site.d_hidden} -> {site.d_out} folded: largest |1 - alpha| is "
         f"{float(np.max(fold.deviation)):.4g}, output error bounded by {bound:.4g} ({relative:.4g} relative)"

@@ -265,8 +265,10 @@ def _pseudo_solve(G: np.ndarray, C: np.ndarray) -> np.ndarray:
 def _leading(covariance: np.ndarray, rank: int) -> np.ndarray:
     """The `rank` leading eigenvectors [q, rank] of a symmetric matrix [q, q], signs made unique."""
     size = len(covariance)
-    first = max(size - rank, 0)
-    _, vectors = linalg.eigh(covariance, subset_by_index=(first, size - 1), check_finite=False)
+    if rank >= size:  # all of them: divide and conquer takes a third of the time
+        _, vectors = linalg.eigh(covariance, driver="evd", check_finite=False)
+    else:
+        _, vectors = linalg.eigh(covariance, subset_by_index=(size - rank, size - 1), check_finite=False)
     vectors = vectors[:, ::-1]
     peaks = vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])]
     return vectors * np.where(peaks < 0, -1.0, 1.0)

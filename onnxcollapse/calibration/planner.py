@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def plan(model: Model, limit: int | None = None) -> Plan:
     if cuts:
         logger.info("memory plan: %d segments; one session would take %s", len(cuts) + 1, _text(whole))
     elif whole > limit:
-        logger.warning("the model has no layers to cut it at and may need %s, over %s", _text(whole), _text(limit))
+        logger.warning(
+            "the model has no layers to cut it at and may need %s, over %s", _text(whole), _text(limit)
+        )
     else:
         logger.info("memory plan: one session of about %s, under the limit of %s", _text(whole), _text(limit))
     return Plan(limit, points, cuts)
@@ -73,6 +76,24 @@ def parse_memory(text: str) -> int:
     if not value >= 1:
         raise OptionError(f"--memory {text}: the limit must be above 0")
     return int(value)
+
+
+def peak_resident() -> int:
+    """The largest resident size that this process had, in bytes; 0 where the platform does not tell.
+
+    Not from getrusage where Linux says it better: there a process starts with the peak of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def _free() -> int:

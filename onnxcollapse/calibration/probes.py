@@ -66,7 +66,9 @@ class ProbeSet:
     def add(self, requests: Iterable[Request], keep: Sequence[str] = ()) -> None:
         """Adds the probes of these requests and leaves nothing but them and the tensors to keep in the clone."""
         for request in requests:
-            self._sums[request] = self._gram(request) if isinstance(request, Gram) else [self._moments(request)]
+            self._sums[request] = (
+                self._gram(request) if isinstance(request, Gram) else [self._moments(request)]
+            )
         kept = [self._values[name] for name in keep]
         sums = [value for panels in self._sums.values() for value in panels]
         used = [*kept, *self._counts.values(), *self._means.values(), *sums]

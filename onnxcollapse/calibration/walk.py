@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.calibration.data import DataPart, Dataset
+from onnxcollapse.calibration.planner import peak_resident
 from onnxcollapse.calibration.providers import Provider
 from onnxcollapse.calibration.segments import Segment, extract, segments
 from onnxcollapse.calibration.sessions import adopt
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.model import Model
+
+logger = logging.getLogger(__name__)
 
 Feeds = dict[str, np.ndarray]
 Amend = Callable[[Model], Callable[[int, Feeds], Feeds]]
@@ -115,6 +120,7 @@ class Walk:
         scratch = extract(source, segment, list(ends), types)
         more = None if amend is None else amend(scratch)
         self.tape.drop(gives)
+        began = time.perf_counter()
         with adopt(scratch, self._requested) as session:
             self.provider = session.provider
             for part, number, batch in self.batches():
@@ -123,6 +129,10 @@ class Walk:
                 for name in gives:
                     self.tape.put(name, results[name])
                 yield Step(part, number, batch, results)
+        logger.debug(
+            "segment %d of %d: %.2f s, peak resident %d MB so far",
+            segment.index + 1, len(self.segments), time.perf_counter() - began, peak_resident() >> 20,
+        )  # fmt: skip
 
     def move_on(self, *, keep: bool = False) -> None:
         """Goes to the next segment and, unless all is to be kept, forgets what no one will ask for any more."""
@@ -137,7 +147,9 @@ class Walk:
     def run(self, outputs: Sequence[str] = (), *, keep: bool = False) -> None:
         """Takes the data to the last segment; outputs of the model that are made on the way wait on the tape."""
         while self.place < len(self.segments) - 1:
-            made = [name for name in outputs if name in self.segment.outputs and name not in self.segment.gives]
+            made = [
+                name for name in outputs if name in self.segment.outputs and name not in self.segment.gives
+            ]
             for step in self.pass_through(wanted=made):
                 for name in made:
                     self.tape.put(name, step.outputs[name])

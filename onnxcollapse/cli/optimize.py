@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +71,7 @@ def optimize(
 ) -> None:
     """Makes MODEL, an .onnx file or a folder as optimum exports it, smaller inside an error budget."""
     set_up_logging(verbose)
+    from onnxcollapse.calibration.planner import peak_resident
     from onnxcollapse.report import write_report
     from onnxcollapse.rewriting import pipeline
 
@@ -83,7 +83,7 @@ def optimize(
         result = _run(model, calib, allowed, specs, provider, seed, memory, quiet=as_json)
     if not allow_partial:
         pipeline.require_met(result)
-    summary = {**result.to_dict(), "peak_rss_bytes": _peak_rss(), "output": target}
+    summary = {**result.to_dict(), "peak_rss_bytes": peak_resident(), "output": target}
     if report_folder is not None:
         write_report(result, summary, Path(report_folder))
     result.model.save(target)
@@ -136,16 +136,6 @@ def _budget(error: float | None, metric: str, target: str | None) -> Budget:
     load_metric(metric)
     wanted = None if target is None else Target.parse(target)
     return Budget(error if error is not None else (None if wanted else 0.01), metric, wanted)
-
-
-def _peak_rss() -> int:
-    """Returns the largest resident size that this process had, in bytes; 0 where the platform does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def _change(before: float, after: float) -> str:

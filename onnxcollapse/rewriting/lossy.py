@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -113,7 +114,7 @@ class LossyStage:
         self._reference = model.clone()
         self._whole = extent(original, self._shapes)
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
-        self._closed: set[tuple[str, str, frozenset[str]]] = set()
+        self._offered: dict[tuple[str, str, frozenset[str]], frozenset[Any]] = {}
         self._waiting: dict[tuple[str, str, str], Candidate] = {}
         self._taken: list[Candidate] = []
         self._failure = _Failure()
@@ -182,10 +183,8 @@ class LossyStage:
                     self._decline(place.maker, offer)
                 else:
                     offers.append(place.candidate(offer))
-            open_offers = [item for item in offers if (item.key, item.nodes) not in self._refused]
-            if not open_offers:
-                self._closed.add(place.key)
-            found += open_offers
+            self._offered[place.key] = frozenset((item.key, item.nodes) for item in offers)
+            found += [item for item in offers if (item.key, item.nodes) not in self._refused]
         return found
 
     def _with_statistics(
@@ -223,7 +222,8 @@ class LossyStage:
             first = min((order[node] for node in nodes), default=0)
             tensors = frozenset(value.name or "" for node in nodes for value in node.outputs)
             place = _Place(item, site, first, frozenset(map(node_key, nodes)), tensors)
-            if place.key not in self._closed:
+            offered = self._offered.get(place.key)
+            if offered is None or offered - self._refused:
                 yield place
 
     def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcollapse.model import weights
 from onnxcollapse.structure import bounds_layout, bounds_linear, bounds_pointwise, intervals
 from onnxcollapse.structure.channels import element_type, rank
 from onnxcollapse.structure.constants import Array, folded, is_op
@@ -82,7 +83,12 @@ class Ranges:
         if rule is None or not _is_real(node):
             return UNBOUNDED
         with np.errstate(invalid="ignore", over="ignore"):
-            return rule(node, lambda i: self._get(node.inputs[i]))
+            found = rule(node, lambda i: self._get(node.inputs[i]))
+        for operand in node.inputs:  # what was read of a weight need not stay in memory
+            known = folded(operand)
+            if known is not None and known.tensor is not None:
+                weights.release(known.tensor)
+        return found
 
     def _get(self, value: ir.Value | None) -> Interval:
         if value is None:

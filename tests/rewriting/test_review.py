@@ -177,3 +177,16 @@ def test_a_site_may_hold_its_input_across_the_rewrites_before_it():
     assert len(list(result.model.graph)) == 6, "nothing of the old chain is still alive"
     x = rows(20, 8)
     assert relative(outputs(result.model, x=x)["y"], outputs(model, x=x)["y"]) < 1e-6
+
+
+def test_a_site_whose_offers_were_all_refused_is_not_asked_about_again():
+    asked = []
+
+    class Asked(Drop):
+        def propose(self, site: Branch, statistics: object) -> Iterable[Proposal | Decline]:
+            asked.append(site.name)
+            return super().propose(site, statistics)
+
+    result = run(branches(1e-5, 0.5), Asked())
+    assert kept(result) == ["b0"]
+    assert asked.count("b1") == 1

@@ -30,6 +30,7 @@ from onnxcollapse.rewriting.selection import (
     Candidate,
     admit,
     affordable,
+    most_saving,
     node_key,
     ranked,
     reaching,
@@ -148,6 +149,8 @@ class LossyStage:
         self._waiting |= {candidate.key: candidate for candidate in priced}
         measure = self._budget.target.measure if self._budget.target else "params"
         queue = ranked(priced, measure)
+        if sum(candidate.saving.of(measure) for candidate in queue) < self._missing() < math.inf:
+            queue = most_saving(priced, measure)
         kept: list[Candidate] = []
 
         def attempt(group: Sequence[Candidate]) -> bool:

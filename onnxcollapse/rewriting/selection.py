@@ -69,6 +69,18 @@ def ranked(candidates: Sequence[Candidate], measure: str = "params") -> list[Can
     return compatible(sorted(candidates, key=price))
 
 
+def most_saving(candidates: Sequence[Candidate], measure: str) -> list[Candidate]:
+    """Orders candidates by what they save, most first, and leaves out those that exclude each other.
+
+    For a target that the cheapest variants of all sites together do not reach.
+    """
+
+    def order(candidate: Candidate) -> tuple[bool, int, float]:
+        return not candidate.maker.on_request, -candidate.saving.of(measure), candidate.impact
+
+    return compatible(sorted(candidates, key=order))
+
+
 def affordable(candidates: Sequence[Candidate], cap: float) -> list[Candidate]:
     """Returns the longest run from the front whose impacts add up to at most `cap`.
 

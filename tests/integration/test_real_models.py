@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from onnxcollapse import Budget, Model, compare, open_data, optimize
+from onnxcollapse.calibration import Gram, Ref, collect, cut_points
 from onnxcollapse.model.edit import check
+from onnxcollapse.structure import feedforwards
 from tests.integration.conftest import run
 
 pytestmark = pytest.mark.slow
@@ -122,3 +124,19 @@ def test_smollm2_decodes_the_same_in_less_space(real, tmp_path, options):
     ]
     assert len(texts[0]) == 24
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("recipe", ["minilm_l6", "smollm2"])
+def test_statistics_of_segments_equal_those_of_the_whole(real, recipe):
+    folder = real(recipe)
+    model = Model.load(folder / "model.onnx")
+    with np.load(folder / "calib.npz") as arrays:
+        data = open_data({name: arrays[name][:4] for name in arrays.files}, model)
+    sites = feedforwards(model.graph)[0][::5]
+    requests = [Gram((Ref(site.input.name),), (Ref(site.output.name),)) for site in sites]
+    points = cut_points(model.graph)
+    assert len(points) >= 6
+    whole, parts = (collect(model, requests, data, provider="cpu", cuts=cuts) for cuts in ((), points))
+    for request in requests:
+        a, b = parts.fit(request).matrix, whole.fit(request).matrix
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)

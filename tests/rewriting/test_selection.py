@@ -12,6 +12,7 @@ from onnxcollapse.rewriting.selection import (
     admit,
     affordable,
     compatible,
+    most_saving,
     node_key,
     ranked,
     reaching,
@@ -165,3 +166,11 @@ def test_admit_under_a_budget_of_sums_is_maximal(costs, cap):
     done = Recorder(allowed).run("".join(table))
     assert allowed(set(done.kept))
     assert not any(allowed({*done.kept, letter}) for letter in done.refused)
+
+
+def test_most_saving_takes_the_larger_variant_of_a_site():
+    small = candidate("a", params=10, impact=0.01, nodes="1")
+    large = candidate("b", params=30, impact=0.5, nodes="1")
+    other = candidate("c", params=20, impact=0.1, nodes="2")
+    assert names(most_saving([small, large, other], "params")) == "bc"
+    assert names(ranked([small, large, other], "params")) == "ac"

@@ -126,4 +126,4 @@ def _bypass(root: ir.Graph, graph: ir.Graph, node: ir.Node) -> None:
             return
     edit.replace_value(root, copy, source)
     if not copy.uses() and not copy.is_graph_output():
-        graph.remove(node)
+        graph.remove(node, safe=True)

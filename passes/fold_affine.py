@@ -176,6 +176,13 @@ def _removed(node: ir.Node) -> Saving:
     )
 
 
+def _longer_bias(linear: Linear, biased: bool) -> Saving:
+    """What a bias of full length costs beside the one there is: none, one number for all, or one that others read."""
+    old = None if linear.bias is None or is_shared(linear.bias, set(linear.nodes)) else folded(linear.bias)
+    gone = 0 if old is None else old.size
+    return _params((linear.out_features if biased else 0) - gone, linear.dtype)
+
+
 def _params(count: int, dtype: ir.DataType) -> Saving:
     """So many parameters of a type."""
     return Saving(params=count, bytes=count * dtype.bitwidth // 8)
@@ -193,8 +200,7 @@ def _after_linear(linear: Linear, affine: Affine) -> Fold:
         )
         edit.substitute(model, affine.output, value)
 
-    added = linear.out_features if biased and linear.bias is None else 0
-    saving = _removed(affine.node) - _params(added, linear.dtype)
+    saving = _removed(affine.node) - _longer_bias(linear, biased)
     detail = f"{affine.node.op_type} folded into the Linear before it"
     return Fold(affine.output, (*linear.nodes, affine.node), detail, saving, write)
 
@@ -213,23 +219,23 @@ def _readers(affine: Affine, by_node: dict[ir.Node, Linear]) -> list[Linear]:
 
 
 def _before_linears(affine: Affine, readers: list[Linear]) -> Fold:
+    shifts = bool(np.any(affine.shift != 0.0))
+
     def write(model: Model) -> None:
         for linear in readers:
             plain = linear.matrix()
             wide = np.broadcast_to(affine.scale, (linear.in_features,))
             shift = np.broadcast_to(affine.shift, (linear.in_features,))
-            biased = linear.bias is not None or bool(np.any(shift != 0.0))
-            offset = linear.offset() + shift @ plain
+            offset = linear.offset() + shift @ plain if linear.bias is not None or shifts else None
             anchor = linear.nodes[-1]
-            value = build_linear(
-                model.graph, anchor, linear, affine.input, wide[:, None] * plain, offset if biased else None
-            )
+            value = build_linear(model.graph, anchor, linear, affine.input, wide[:, None] * plain, offset)
             edit.substitute(model, linear.output, value)
 
     nodes = (affine.node, *(node for linear in readers for node in linear.nodes))
     detail = f"{affine.node.op_type} folded into the {len(readers)} Linear(s) after it"
-    added = sum(r.out_features for r in readers if r.bias is None) if np.any(affine.shift != 0.0) else 0
-    saving = _removed(affine.node) - _params(added, readers[0].dtype)
+    saving = _removed(affine.node)
+    for linear in readers:
+        saving = saving - _longer_bias(linear, linear.bias is not None or shifts)
     return Fold(readers[0].output, nodes, detail, saving, write)
 
 
@@ -257,7 +263,13 @@ def _chain(first: Linear, second: Linear) -> Fold | Decline:
         edit.substitute(model, second.output, value)
 
     biased = first.bias is not None or second.bias is not None
-    saved = _params(first.params + second.params - after - (q if biased else 0), second.dtype)
+    owners = {*first.nodes, *second.nodes}
+    freed = {
+        known.root: known.size
+        for value in (first.weight, first.bias, second.weight, second.bias)
+        if value is not None and not is_shared(value, owners) and (known := folded(value)) is not None
+    }
+    saved = _params(sum(freed.values()) - after - (q if biased else 0), second.dtype)
     saving = replace(saved, nodes=len(first.nodes))
     detail = f"Linears {p} -> {h} -> {q} become one {p} x {q} map"
     return Fold(second.output, (*first.nodes, *second.nodes), detail, saving, write)

@@ -22,7 +22,10 @@ class Site(Protocol):
 
     @property
     def nodes(self) -> Iterable[ir.Node]:
-        """The nodes that a rewrite takes away; sites that share one exclude each other."""
+        """The nodes that a rewrite takes away; sites that share one exclude each other.
+
+        Nothing that is computed before the first of them may change: a candidate is priced from there on.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Proposal:
         variant: Which of the site's alternatives this is, unique within the site and pass.
         detail: In words, for the journal.
         predicted_error: Relative error at the site's own output on held-out data, in closed form; 0 if exact.
-        saving: Predicted saving; the engine measures the real one when it applies the rewrite.
+        saving: Predicted saving; the engine measures the real one when it applies the rewrite. An exact rewrite
+            that predicts one is applied and measured together with others, one that does not by itself.
         payload: What the pass needs to do it, such as a fitted matrix; nobody else looks into it.
     """
 

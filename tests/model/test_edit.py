@@ -12,7 +12,15 @@ import pytest
 
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model
-from onnxcollapse.model.edit import add_initializer, check, insert_before, prune, replace_value, unique_name
+from onnxcollapse.model.edit import (
+    add_initializer,
+    check,
+    insert_before,
+    like,
+    prune,
+    replace_value,
+    unique_name,
+)
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -275,3 +283,10 @@ def test_a_clone_is_independent():
     prune(twin)
     assert model.to_bytes() == before
     assert twin.to_bytes() != before
+
+
+def test_a_value_like_another_shares_nothing_with_it():
+    model = parse("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
+    made = like(value(model, "y"))
+    made.dtype, made.shape[1] = HALF, 7
+    assert (value(model, "y").dtype, value(model, "y").shape[1], made.name) == (FLOAT, 4, None)

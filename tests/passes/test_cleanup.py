@@ -104,3 +104,11 @@ def test_operators_that_take_a_type_are_no_obstacle():
         proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []))
     result = optimize(Model(ir.from_proto(proto)), passes=[Cleanup()])
     assert "Identity" not in [node.op_type for node in result.model.graph]
+
+
+def test_what_only_an_identity_read_goes_with_it():
+    before, after = clean("""net (float[2] x) => (float[2] y)
+        { a = Relu(x) b = Neg(a) c = Identity(b) y = Relu(a) }""")
+    assert [node.op_type for node in after.graph] == ["Relu", "Relu"]
+    model = optimize(before, passes=[Cleanup()])
+    assert [entry.outcome for entry in model.journal] == ["kept"]

@@ -239,3 +239,14 @@ def test_a_division_by_zero_is_left_to_the_runtime():
     net.op("Clip", quotient, net.const(-1.0), net.const(1.0), name="y")
     model = net.model({"x": ["n", 4]}, {"y": ["n", 4]})
     assert ops(fold(model).model) == ops(model)
+
+
+def test_a_bias_of_one_number_is_reckoned_with_its_new_length():
+    net = Net()
+    product = net.op("Add", net.linear("x", net.random.normal(size=(8, 6))), net.const(0.5))
+    net.op("Mul", product, net.const(net.random.normal(size=6)), name="y")
+    model = net.model({"x": ["n", 8]}, {"y": ["n", 6]})
+    result = fold(model)
+    [entry] = result.journal.of("kept")
+    assert entry.saving.params == result.before.params - result.after.params == 1
+    assert same(model, result, rows(20, 8))

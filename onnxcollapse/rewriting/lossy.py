@@ -17,15 +17,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
-from onnxcollapse.calibration.statistics import Request
+from onnxcollapse.calibration import Dataset, Plan
 from onnxcollapse.errors import DataError, MetricError, ModelError
-from onnxcollapse.model import Model, edit
+from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.fitting import Fitter, Place, apply
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
-from onnxcollapse.rewriting.passes import Pass, offers_of, requests_of, sites_of
+from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
 from onnxcollapse.rewriting.progress import Progress
-from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving, Site
+from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving
 from onnxcollapse.rewriting.selection import (
     Candidate,
     admit,
@@ -45,24 +45,6 @@ PRICE_SAMPLES = 64
 rows, and the measurement only orders candidates and leaves out hopeless ones."""
 
 MAX_ROUNDS = 12
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Place:
-    """A site of a pass, where in the graph it begins, and the keys of its nodes."""
-
-    maker: Pass
-    site: Site
-    position: int
-    nodes: frozenset[str]
-    tensors: frozenset[str]
-
-    @property
-    def key(self) -> tuple[str, str, frozenset[str]]:
-        return self.maker.describe(), self.site.name, self.nodes
-
-    def candidate(self, offer: Proposal) -> Candidate:
-        return Candidate(self.maker, offer, self.position, self.nodes, tensors=self.tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +87,13 @@ class LossyStage:
     ) -> None:
         self._model = model
         self._passes = passes
-        self._data = data
         self._shapes = data.shapes()
         self._verifier = verifier
         self._budget = budget
         self._journal = journal
-        self._provider, self._plan = provider, plan
+        self._plan = plan
         self._progress = progress or Progress()
-        self._reference = model.clone()
+        self._fitter = Fitter(model.clone(), data, plan, provider, self._progress)
         self._whole = extent(original, self._shapes)
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self._offered: dict[tuple[str, str, frozenset[str]], frozenset[Any]] = {}
@@ -179,7 +160,7 @@ class LossyStage:
         order = {node: index for index, node in enumerate(model.graph)}
         places = [place for item in self._passes for place in self._places(item, model, order)]
         found = []
-        for place, statistics in self._with_statistics(model, places):
+        for place, statistics in self._fitter.statistics(model, places):
             offers = []
             for offer in offers_of(place.maker, place.site, statistics):
                 if isinstance(offer, Decline):
@@ -190,30 +171,7 @@ class LossyStage:
             found += [item for item in offers if (item.key, item.nodes) not in self._refused]
         return found
 
-    def _with_statistics(
-        self, model: Model, places: Sequence[_Place]
-    ) -> Iterator[tuple[_Place, Statistics | None]]:
-        """Gives each place with its statistics, layer by layer, so that those of one layer are held at a time."""
-        requests = {place.key: tuple(requests_of(place.maker, place.site)) for place in places}
-        yield from ((place, None) for place in places if not requests[place.key])
-        waiting = [place for place in places if requests[place.key]]
-        wanted = [request for place in waiting for request in requests[place.key]]
-        held = Statistics()
-        sites = [place.site for place in waiting]
-        sweep = self._sweep(model, wanted, self._reference if self.changed else None, sites)
-        with self._progress.task("statistics", 0) as task:
-            sweep.tell = task.update
-            for _, statistics in sweep:
-                held = Statistics({**held.results, **statistics.results})
-                ready = [
-                    place for place in waiting if all(request in held for request in requests[place.key])
-                ]
-                yield from ((place, held) for place in ready)
-                waiting = [place for place in waiting if place not in ready]
-                still = {request for place in waiting for request in requests[place.key]}
-                held = Statistics({key: result for key, result in held.results.items() if key[1] in still})
-
-    def _places(self, item: Pass, model: Model, order: dict[ir.Node, int]) -> Iterator[_Place]:
+    def _places(self, item: Pass, model: Model, order: dict[ir.Node, int]) -> Iterator[Place]:
         """Finds a pass's sites but for those that were refused already and have not changed since."""
         if item.on_request and any(entry.pass_name == item.describe() for entry in self._journal):
             return  # applied or refused already, and meant to run once
@@ -224,7 +182,7 @@ class LossyStage:
             nodes = [node for node in site.nodes if node in order]
             first = min((order[node] for node in nodes), default=0)
             tensors = frozenset(value.name or "" for node in nodes for value in node.outputs)
-            place = _Place(item, site, first, frozenset(map(node_key, nodes)), tensors)
+            place = Place(item, site, first, frozenset(map(node_key, nodes)), tensors)
             offered = self._offered.get(place.key)
             if offered is None or offered - self._refused:
                 yield place
@@ -265,7 +223,7 @@ class LossyStage:
     ) -> tuple[str | None, Saving, float]:
         trial = start.clone()
         try:
-            self._apply(trial, candidate.maker, candidate.proposal)
+            apply(trial, candidate.maker, candidate.proposal)
         except ModelError as error:
             return str(error), Saving(), math.inf
         saving = whole - extent(trial, self._shapes)
@@ -295,16 +253,10 @@ class LossyStage:
             return f"saves no {target.measure}, which the target names"
         return saving.objection()
 
-    @staticmethod
-    def _apply(model: Model, maker: Pass, proposal: Proposal) -> None:
-        maker.apply(model, [proposal])
-        edit.prune(model)
-        edit.check(model)
-
     def _attempt(self, start: Model, kept: list[Candidate], group: Sequence[Candidate]) -> bool:
         """Builds the model with what was kept and the group, and keeps it when the held-out error fits."""
         try:
-            trial, done = self._realize(start, [*kept, *group])
+            trial, done = self._fitter.realize(start, [*kept, *group])
             error = self._verifier.error(trial)
         except (DataError, MetricError, ModelError) as problem:
             self._failure = _Failure(f"together with what was kept before it: {problem}")
@@ -317,7 +269,7 @@ class LossyStage:
         kept.extend(group)
         self._taken.extend(group)
         self._model.ir = trial.ir
-        self.changed = True
+        self.changed = self._fitter.changed = True
         self.error = error
         for candidate in group:
             proposal = done[candidate.key]
@@ -334,72 +286,6 @@ class LossyStage:
                 entries[index] = dataclasses.replace(
                     entry, reason=proposal.detail, predicted_error=proposal.predicted_error
                 )
-
-    def _realize(
-        self, start: Model, chosen: Sequence[Candidate]
-    ) -> tuple[Model, dict[tuple[str, str, str], Proposal]]:
-        """Applies the chosen front to back in one walk through the data.
-
-        Each is fitted again: features come from what the rewritten model before it produces, targets from the
-        original (METHODS 0: compressed prefix, original target).
-        """
-        trial = start.clone()
-        done = {item.key: item.proposal for item in chosen}
-        requests = {item.key: tuple(requests_of(item.maker, self._site(trial, item))) for item in chosen}
-        waiting = sorted(chosen, key=lambda item: item.position)
-        if len(chosen) > 1 or self.changed:
-            waiting = self._fit_again(trial, waiting, requests, done)
-        for item in waiting:  # nothing before it, or nothing to fit
-            self._apply(trial, item.maker, item.proposal)
-        return trial, done
-
-    def _fit_again(
-        self,
-        trial: Model,
-        waiting: list[Candidate],
-        requests: Mapping[tuple[str, str, str], tuple[Request, ...]],
-        done: dict[tuple[str, str, str], Proposal],
-    ) -> list[Candidate]:
-        """Walks through `trial`, fits and applies each candidate in its layer; returns those that need no fit."""
-        wanted = [request for item in waiting for request in requests[item.key]]
-        sweep = self._sweep(trial, wanted, self._reference, [self._site(trial, item) for item in waiting])
-        with self._progress.task("fitting", 0) as task:
-            sweep.tell = task.update
-            for _, statistics in sweep:
-                here = [
-                    i for i in waiting if requests[i.key] and all(r in statistics for r in requests[i.key])
-                ]
-                for number, item in enumerate(here):
-                    now = sweep.again(trial, requests[item.key]) if number else statistics
-                    done[item.key] = self._refit(trial, item, now)
-                    self._apply(trial, item.maker, done[item.key])
-                    sweep.rewritten(trial)
-                waiting = [item for item in waiting if item not in here]
-        return waiting
-
-    @staticmethod
-    def _site(model: Model, candidate: Candidate) -> Site:
-        for site in sites_of(candidate.maker, model):
-            if not isinstance(site, Decline) and site.name == candidate.proposal.site:
-                return site
-        raise ModelError(f"site '{candidate.proposal.site}' is gone; an earlier rewrite consumed it")
-
-    def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal:
-        """Proposes the same variant again."""
-        for offer in offers_of(candidate.maker, self._site(model, candidate), statistics):
-            if isinstance(offer, Proposal) and offer.variant == candidate.proposal.variant:
-                return offer
-        return candidate.proposal
-
-    def _sweep(
-        self, model: Model, requests: Sequence[Request], reference: Model | None, sites: Iterable[Site]
-    ) -> Sweep:
-        """Cuts between layers, but through no site: it is rewritten as a whole, in the segment of its output."""
-        inside = {
-            v.name for site in sites for node in site.nodes for v in node.outputs if v.name != site.name
-        }
-        points = [point for point in self._plan.points if point not in inside]
-        return Sweep(model, requests, self._data, provider=self._provider, reference=reference, cuts=points)
 
     def _decline(self, item: Pass, decline: Decline) -> None:
         self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))

@@ -136,8 +136,9 @@ class Sweep:
                 self._beside.close()
 
     def _advance(self, *, hold: bool) -> None:
-        if self._rewritten is not None and hold:
-            for _ in self._walk.pass_through(self._rewritten):
+        rewritten, self._rewritten = self._rewritten, None
+        if rewritten is not None and hold:
+            for _ in self._walk.pass_through(rewritten):
                 pass
         self._walk.move_on()
         if self._beside is not None:

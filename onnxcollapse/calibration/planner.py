@@ -29,12 +29,10 @@ class Plan:
     """How a model is run.
 
     Attributes:
-        limit: Bytes of resident memory to stay under.
         points: Tensors between the model's layers.
         cuts: Those at which it is cut to be run: none when a session over the whole model fits.
     """
 
-    limit: int
     points: tuple[str, ...]
     cuts: tuple[str, ...]
 
@@ -58,7 +56,7 @@ def plan(model: Model, limit: int | None = None) -> Plan:
         )
     else:
         logger.info("memory plan: one session of about %s, under the limit of %s", _text(whole), _text(limit))
-    return Plan(limit, points, cuts)
+    return Plan(points, cuts)
 
 
 def parse_memory(text: str) -> int:

@@ -58,26 +58,6 @@ def cut_points(graph: ir.Graph) -> list[str]:
     return [point for point in dict.fromkeys(points) if point and point not in ends]
 
 
-def plan_cuts(points: Sequence[str], weights: Sequence[int], limit: int) -> list[str]:
-    """Chooses among cut points so that no segment holds more weight than a limit, unless one stretch does.
-
-    Args:
-        points: All points, in order.
-        weights: Bytes of weights of each stretch: before the first point, between each two, behind the last.
-        limit: Largest bytes of one segment.
-
-    Returns:
-        The points to cut at.
-    """
-    chosen, held = [], weights[0]
-    for point, weight in zip(points, weights[1:], strict=True):
-        if held + weight > limit and held > 0:
-            chosen.append(point)
-            held = 0
-        held += weight
-    return chosen
-
-
 def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
     """Cuts a graph at points, which need to be given in their order on the spine.
 

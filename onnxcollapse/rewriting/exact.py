@@ -87,7 +87,7 @@ class ExactStage:
 
     def _has_work(self, item: Pass) -> bool:
         """A pass that was asked for by name runs once in all."""
-        return not (item.on_request and any(entry.pass_name == item.describe() for entry in self._journal))
+        return not (item.on_request and self._journal.knows(item.describe()))
 
     def _run_pass(self, item: Pass, verify: bool) -> bool:
         """Applies all that one pass proposes in one transaction; halves it when that fails.

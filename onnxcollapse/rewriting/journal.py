@@ -91,6 +91,10 @@ class Journal:
         if not (entry.outcome == "declined" and entry in self.entries):
             self.entries.append(entry)
 
+    def knows(self, pass_name: str) -> bool:
+        """Whether a pass, named as `Pass.describe` does, has left an entry."""
+        return any(entry.pass_name == pass_name for entry in self.entries)
+
     def of(self, outcome: Outcome) -> list[Entry]:
         """Returns the entries with one outcome."""
         return [entry for entry in self.entries if entry.outcome == outcome]

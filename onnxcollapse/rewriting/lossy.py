@@ -173,7 +173,7 @@ class LossyStage:
 
     def _places(self, item: Pass, model: Model, order: dict[ir.Node, int]) -> Iterator[Place]:
         """Finds a pass's sites but for those that were refused already and have not changed since."""
-        if item.on_request and any(entry.pass_name == item.describe() for entry in self._journal):
+        if item.on_request and self._journal.knows(item.describe()):
             return  # applied or refused already, and meant to run once
         for site in sites_of(item, model):
             if isinstance(site, Decline):

@@ -6,7 +6,7 @@ import pytest
 
 from onnxcollapse import open_data
 from onnxcollapse.calibration import Gram, Moments, Ref, Sweep, collect, cut_points
-from onnxcollapse.calibration.segments import extract, plan_cuts, segments
+from onnxcollapse.calibration.segments import extract, segments
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Walk
 from onnxcollapse.model import size
@@ -102,6 +102,21 @@ def test_what_is_rewritten_changes_what_later_segments_see_but_not_the_targets(m
     assert not np.allclose(gram.block("h4", "h4"), untouched.block("h4", "h4"), rtol=1e-2)
 
 
+def test_only_the_segment_that_was_rewritten_runs_twice(model, data, monkeypatch):
+    opened, real = [], Walk.pass_through
+
+    def counted(self, *arguments, **options):
+        opened.append(self.place)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Walk, "pass_through", counted)
+    sweep = Sweep(model, [Moments(Ref("a4"))], data, provider="cpu", cuts=cut_points(model.graph))
+    for segment, _ in sweep:
+        if segment.index == 1:
+            sweep.rewritten(model)
+    assert opened == [0, 1, 1, 2, 3, 4, 5]
+
+
 def test_statistics_again_after_an_edit_in_the_same_segment(model, data):
     request = Moments(Ref("u1"))
     sweep = Sweep(model, [request], data, provider="cpu", cuts=cut_points(model.graph))
@@ -110,13 +125,6 @@ def test_statistics_again_after_an_edit_in_the_same_segment(model, data):
             changed = residual(seed=3)
             again = sweep.again(changed, [request])
             assert not np.allclose(again.fit(request).mean, statistics.fit(request).mean)
-
-
-def test_a_plan_keeps_segments_under_the_limit():
-    points, weights = list("abcd"), [4, 3, 3, 3, 9]
-    assert plan_cuts(points, weights, 100) == []
-    assert plan_cuts(points, weights, 7) == ["b", "d"]
-    assert plan_cuts(points, weights, 1) == points
 
 
 def test_tapes_give_back_what_was_put_and_forget_what_is_dropped():

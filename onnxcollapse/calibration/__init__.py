@@ -17,6 +17,10 @@ from onnxcollapse.calibration.providers import Provider, available_providers
 from onnxcollapse.calibration.segments import cut_points
 from onnxcollapse.calibration.sessions import Session, open_session
 from onnxcollapse.calibration.statistics import (
+    Cosine,
+    CosineMean,
+    Cross,
+    CrossMoments,
     Gram,
     GramMatrix,
     Moments,
@@ -27,6 +31,10 @@ from onnxcollapse.calibration.statistics import (
 )
 
 __all__ = [
+    "Cosine",
+    "CosineMean",
+    "Cross",
+    "CrossMoments",
     "Dataset",
     "Gram",
     "GramMatrix",

@@ -3,36 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcollapse.calibration.accumulators import Accumulator
 from onnxcollapse.calibration.data import Dataset
 from onnxcollapse.calibration.masks import batch_rows, row_mask
-from onnxcollapse.calibration.probes import MOMENT_ROWS, PREFIX, ROWS_INPUT, ProbeSet
+from onnxcollapse.calibration.probes import PREFIX, ROWS_INPUT, ProbeSet
 from onnxcollapse.calibration.segments import Segment
 from onnxcollapse.calibration.sessions import UNREADABLE, main_values
-from onnxcollapse.calibration.statistics import (
-    Gram,
-    GramMatrix,
-    Moments,
-    MomentSums,
-    Part,
-    Ref,
-    Request,
-    Result,
-    Statistics,
-)
+from onnxcollapse.calibration.statistics import Part, Ref, Request, Result, Statistics
 from onnxcollapse.calibration.tape import Tape
-from onnxcollapse.calibration.walk import Feeds, Walk
-from onnxcollapse.errors import DataError, ModelError
+from onnxcollapse.calibration.walk import Amendment, Feeds, Walk
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model.model import Model
 from onnxcollapse.structure.channels import element_type
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all) after each batch."""
+
+READ_OUT = 8
+"""Batches whose sums gather in fp32 on the device before the host adds them up in fp64."""
 
 
 def collect(
@@ -150,7 +144,7 @@ class Sweep:
         beside = self._beside.segments if self._beside is not None else []
         made |= {f"reference {name}": segment.index for segment in beside for name in segment.makes}
         return {
-            request: max((made.get(self._key(ref), 0) for ref in _refs(request)), default=0)
+            request: max((made.get(self._key(ref), 0) for ref in request.refs), default=0)
             for request in self._requests
         }
 
@@ -183,14 +177,15 @@ class Sweep:
     def _collected(
         self, model: Model, requests: Sequence[Request], kept: Iterable[str], *, hold: bool
     ) -> Statistics:
-        accumulators = {
-            (part, request): _accumulator(request) for part in self._parts for request in requests
-        }
-        probing = _Probing(self, requests, kept, hold=hold)
+        accumulators = {(part, request): Accumulator(request) for part in self._parts for request in requests}
+        probing, unread = _Probing(self, requests, kept, hold=hold), 0
         for step in self._walk.pass_through(model, amend=probing.amend, hold=hold):
-            for (part, _), accumulator in accumulators.items():
-                if part == step.part:
-                    accumulator.add(probing.probes, step.outputs)
+            unread += 1
+            if step.last or unread == READ_OUT:
+                states, unread = step.session.read(restart=step.last), 0
+                for (part, _), accumulator in accumulators.items():
+                    if part == step.part:
+                        accumulator.add(probing.probes, states)
             self._note(kept, step.outputs)
             self._tell(batch_rows(step.batch))
         return Statistics({key: accumulator.result() for key, accumulator in accumulators.items()})
@@ -233,7 +228,7 @@ class _Probing:
         self._fed: dict[str, str] = {}
         self.probes: ProbeSet
 
-    def amend(self, scratch: Model) -> Callable[[int, Feeds], Feeds]:
+    def amend(self, scratch: Model) -> Amendment:
         """Adds inputs for tensors that the segment does not make, and the probes."""
         names = {}
         for ref in _all_refs(self._requests):
@@ -244,7 +239,7 @@ class _Probing:
         masked = any(value.name == "attention_mask" for value in self._sweep._model.graph.inputs)
         self.probes = ProbeSet(scratch, names, masked=masked)
         self.probes.add(self._requests, keep=self._keep)
-        return self._feed
+        return Amendment(self._feed, self.probes.states)
 
     def _supply(self, scratch: Model, key: str, ref: Ref) -> str:
         """Adds an input for a tensor of an earlier segment, of the reference, or of the model's own inputs."""
@@ -285,104 +280,5 @@ def _refuse(ref: Ref, model: Model) -> NoReturn:
     raise ModelError(f"tensor {ref.value!r} is not in the model's main graph; request another")
 
 
-def _refs(request: Request) -> tuple[Ref, ...]:
-    return request.refs if isinstance(request, Gram) else (request.tensor,)
-
-
 def _all_refs(requests: Iterable[Request]) -> list[Ref]:
-    return list(dict.fromkeys(ref for request in requests for ref in _refs(request)))
-
-
-def _accumulator(request: Request) -> _GramAccumulator | _MomentAccumulator:
-    return _GramAccumulator(request) if isinstance(request, Gram) else _MomentAccumulator(request)
-
-
-class _GramAccumulator:
-    """Sums the panels of Z'Z of centred batches in float64, and undoes the centring once at the end."""
-
-    def __init__(self, request: Gram) -> None:
-        self._request = request
-        self._panels: list[np.ndarray] = []
-        self._widths: tuple[int, ...] = ()
-        self._shifts: list[np.ndarray] = []
-        self._totals: list[np.ndarray] = []
-
-    def add(self, probes: ProbeSet, outputs: Mapping[str, np.ndarray]) -> None:
-        """Adds a batch."""
-        refs = self._request.refs
-        means = [outputs[probes.mean(ref)][0].astype(np.float64) for ref in refs]
-        for ref, mean in zip(refs, means, strict=True):
-            _require_finite(mean, ref)
-        panels = [outputs[name] for name in probes.sums(self._request)]
-        for panel in panels:
-            _require_finite(panel, refs[0])
-        if not self._panels:
-            self._widths = tuple(len(mean) for mean in means)
-            self._panels = [np.zeros(panel.shape) for panel in panels]
-        for total, panel in zip(self._panels, panels, strict=True):
-            total += panel
-        self._shifts.append(np.concatenate([[0.0], *means]))
-        self._totals.append(panels[0][0].astype(np.float64))
-
-    def result(self) -> GramMatrix:
-        """The sums so far, exactly symmetric.
-
-        With z = x - s in a batch of n rows the sums of x are x'x = z'z + s't + t's + n s's for t = sum z. The leading
-        column is 1 in both, so its shift is 0 there and its t is n.
-        """
-        if not self._panels:
-            raise DataError("no batch of calibration data reached the model; give more samples")
-        matrix = np.zeros((len(self._shifts[0]), len(self._shifts[0])))
-        start = 0
-        for panel in self._panels:
-            matrix[start : start + len(panel), start:] = panel
-            start += len(panel)
-        upper = np.triu(matrix)
-        matrix = upper + np.triu(matrix, 1).T
-        shifts, totals = np.stack(self._shifts), np.stack(self._totals)
-        cross = shifts.T @ (totals + totals[:, :1] * shifts / 2)
-        matrix += cross + cross.T
-        return GramMatrix(float(matrix[0, 0]), self._request.refs, self._widths, matrix)
-
-
-class _MomentAccumulator:
-    """Merges the moments of batches in float64."""
-
-    def __init__(self, request: Moments) -> None:
-        self._request = request
-        self._sums: MomentSums | None = None
-
-    def add(self, probes: ProbeSet, outputs: Mapping[str, np.ndarray]) -> None:
-        """Adds a batch."""
-        ref = self._request.tensor
-        rows = outputs[probes.sums(self._request)[0]].astype(np.float64)
-        _require_finite(rows, ref)
-        count = float(outputs[probes.count(ref)][0, 0])
-        if count == 0:
-            return  # nothing but padding
-        row = dict(zip(MOMENT_ROWS, rows, strict=True))
-        left = row["residual"] / count  # what rounding left of the mean
-        batch = MomentSums(
-            count=count,
-            mean=row["mean"] + left,
-            variance=np.maximum(row["square"] / count - np.square(left), 0.0),
-            minimum=row["minimum"],
-            maximum=row["maximum"],
-            positive_rate=row["positive"] / count,
-            negative_square=row["negative_square"] / count,
-        )
-        self._sums = batch if self._sums is None else self._sums + batch
-
-    def result(self) -> MomentSums:
-        """The moments so far."""
-        if self._sums is None:
-            raise DataError("no batch of calibration data reached the model; give more samples")
-        return self._sums
-
-
-def _require_finite(array: np.ndarray, ref: Ref) -> None:
-    if not np.isfinite(array).all():
-        raise DataError(
-            f"tensor {ref.value!r} of the {ref.source} becomes NaN or infinite on the calibration data; "
-            "check the data, or run the model in float32"
-        )
+    return list(dict.fromkeys(ref for request in requests for ref in request.refs))

@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probes: nodes added to a scratch clone that reduce activations to sums inside the graph.
 
-Before: ``... -> tensor -> ...``
-After:  ``tensor -> Cast fp32 -> rows [n, C] -> centre on the batch's mean -> Z = [m, z...] -> Z'Z``
+::
 
-m is 1 for real rows and 0 for padding. Sums over a batch are fp32; centring on that batch's own mean keeps
-their rounding relative to the spread of the activations rather than to their offset, and is undone exactly in
-fp64 on the host. Only standard-domain ops of opset 9 and later are used.
+    before:  ... -> tensor -> ...
+    after:   tensor -> Cast fp32 -> rows [n, C] -> Z = rows - shift -> Gemm(Z', Z, state in) -> state out
+
+The sums are states: they stay where the model runs, each run adds its batch, and the host reads them now and then
+and adds up in fp64. The shift is the mean of the first batch of a part: it keeps the rounding of fp32 relative to the
+spread of the activations rather than to their offset, and is undone in fp64 on the host. Padding counts as zeros.
+Only standard-domain ops of opset 9 and later are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcollapse.calibration.sessions import main_values
-from onnxcollapse.calibration.statistics import Gram, Moments, Ref, Request
+from onnxcollapse.calibration.sessions import State, main_values
+from onnxcollapse.calibration.statistics import Cross, Gram, Moments, Ref, Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import edit
 from onnxcollapse.model.model import Model
 
 PREFIX = "onnxcollapse_probe"
 ROWS_INPUT = f"{PREFIX}_rows"
-MOMENT_ROWS = ("mean", "residual", "square", "minimum", "maximum", "positive", "negative_square")
 OLDEST_OPSET = 9
 SLICES = 3
 WIDE = 256
@@ -35,6 +38,21 @@ Attribute = int | float | Sequence[int] | ir.TensorProtocol
 INT64 = ir.DataType.INT64
 
 _BIG = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Column:
+    """The states that every statistic of one tensor shares, by their names.
+
+    Attributes:
+        count: Rows that are no padding, [1, 1].
+        shift: What its rows were shifted by, [1, C].
+        total: Sum of the shifted rows, [1, C].
+    """
+
+    count: str
+    shift: str
+    total: str
 
 
 class ProbeSet:
@@ -59,51 +77,77 @@ class ProbeSet:
         self._rows_input: ir.Value | None = None
         self._made: dict[object, ir.Value] = {}
         self._nodes = 0
-        self._counts: dict[Ref, ir.Value] = {}
-        self._means: dict[Ref, ir.Value] = {}
-        self._sums: dict[Request, list[ir.Value]] = {}
+        self._columns: dict[Ref, Column] = {}
+        self._sums: dict[Request, list[str]] = {}
+        self.states: dict[str, State] = {}
 
     def add(self, requests: Iterable[Request], keep: Sequence[str] = ()) -> None:
         """Adds the probes of these requests and leaves nothing but them and the tensors to keep in the clone."""
         for request in requests:
-            self._sums[request] = (
-                self._gram(request) if isinstance(request, Gram) else [self._moments(request)]
-            )
+            self._sums[request] = self._probe(request)
+        results = main_values(self._graph)
         kept = [self._values[name] for name in keep]
-        sums = [value for panels in self._sums.values() for value in panels]
-        used = [*kept, *self._counts.values(), *self._means.values(), *sums]
+        used = [*kept, *(results[state.output] for state in self.states.values())]
         self._graph.outputs[:] = list(dict.fromkeys(used))
         edit.prune(self._scratch)
 
-    def count(self, ref: Ref) -> str:
-        """The output that holds the rows summed of a tensor, [1, 1]."""
-        return self._counts[self._own(ref)].name or ""
-
-    def mean(self, ref: Ref) -> str:
-        """The output that holds the batch's mean of a tensor, the shift of its columns, [1, C]."""
-        return self._means[self._own(ref)].name or ""
+    def column(self, ref: Ref) -> Column:
+        """The states of a tensor."""
+        return self._columns[self._own(ref)]
 
     def sums(self, request: Request) -> list[str]:
-        """The outputs of a request: the row panels of a Gram's Z'Z, or moments [7, C] in MOMENT_ROWS' order.
+        """The states of a request, by their names.
 
-        A panel holds the rows of a slice of columns (the first one's with the 1 before them) from these columns on:
-        Z'Z is symmetric, and what lies left of that is not computed.
+        A Gram's are the row panels of Z'Z: one holds the rows of a slice of columns from these columns on, as Z'Z
+        is symmetric and what lies left of that is not computed. Moments have sums of squares, of positive signs and of
+        squared negative parts, then minima and maxima, each [1, C]. A Cross has Z_left'Z_right and the sums of both
+        squares. A Cosine has its sum, [1, 1].
         """
-        return [value.name or "" for value in self._sums[request]]
+        return self._sums[request]
 
     @property
     def needs_rows(self) -> bool:
         """Whether the clone has the input ROWS_INPUT: float32 [R + 1], a weight a row and a 1 behind them."""
         return self._rows_input is not None
 
-    def _gram(self, request: Gram) -> list[ir.Value]:
-        refs = [self._own(ref) for ref in request.refs]
-        slices = [piece for ref in refs for piece in self._slices(ref)]
-        chunks = [[self._ones(refs[0]), slices[0]], *([piece] for piece in slices[1:])]
+    def _probe(self, request: Request) -> list[str]:
+        for ref in request.refs:
+            self._centred(self._own(ref))
+        if isinstance(request, Gram):
+            return self._gram(request)
+        if isinstance(request, Moments):
+            return self._moments(self._own(request.tensor))
+        left, right = (self._own(ref) for ref in request.refs)
+        return self._cross(left, right) if isinstance(request, Cross) else self._cosine(left, right)
+
+    def _gram(self, request: Gram) -> list[str]:
+        slices = [piece for ref in request.refs for piece in self._slices(self._own(ref))]
         return [
-            self._product(chunk, [column for group in chunks[place:] for column in group])
-            for place, chunk in enumerate(chunks)
+            self._add_up(piece, self._beside(slices[place:]), "panel") for place, piece in enumerate(slices)
         ]
+
+    def _cross(self, left: Ref, right: Ref) -> list[str]:
+        a, b = self._centred(left), self._centred(right)
+        return [
+            self._add_up(a, b, "cross"),
+            *(self._sum(ref, self._square(self._centred(ref))) for ref in (left, right)),
+        ]
+
+    def _cosine(self, left: Ref, right: Ref) -> list[str]:
+        """Sum of cos(a, b) over the rows; a row of zeros has the cosine 0."""
+        a, b = self._kept(left), self._kept(right)
+        dot, aa, bb = (self._over_channels(self._op("Mul", pair)) for pair in ((a, b), (a, a), (b, b)))
+        norms = self._op("Mul", [self._op("Sqrt", [aa]), self._op("Sqrt", [bb])])
+        tiny = self._constant(float(np.finfo(np.float32).tiny))
+        return [self._sum(left, self._op("Div", [dot, self._op("Add", [norms, tiny])]))]
+
+    def _over_channels(self, rows: ir.Value) -> ir.Value:
+        if self._opset < 13:
+            return self._op("ReduceSum", [rows], axes=[1], keepdims=1)
+        return self._op("ReduceSum", [rows, self._constant([1], INT64)], keepdims=1)
+
+    def _square(self, rows: ir.Value) -> ir.Value:
+        return self._op("Mul", [rows, rows])
 
     def _slices(self, ref: Ref) -> list[ir.Value]:
         """The centred rows in SLICES pieces of columns, so that half of a wide tensor's own square is not computed."""
@@ -121,26 +165,39 @@ class ProbeSet:
         axis = self._constant([1], INT64)
         return [self._op("Slice", [rows, start, end, axis]) for start, end in pairwise(ends)]
 
-    def _product(self, left: list[ir.Value], right: list[ir.Value]) -> ir.Value:
-        rows = left[0] if len(left) == 1 else self._op("Concat", left, axis=1)
-        others = right[0] if len(right) == 1 else self._op("Concat", right, axis=1)
-        return self._op("MatMul", [self._op("Transpose", [rows], perm=[1, 0]), others])
+    def _beside(self, pieces: list[ir.Value]) -> ir.Value:
+        return pieces[0] if len(pieces) == 1 else self._op("Concat", pieces, axis=1)
 
-    def _moments(self, request: Moments) -> ir.Value:
-        ref = self._own(request.tensor)
-        z, kept = self._centred(ref), self._kept(ref)
+    def _moments(self, ref: Ref) -> list[str]:
+        kept = self._kept(ref)
         negative = self._op("Relu", [self._op("Neg", [kept])])
         positive = self._to_float(self._op("Greater", [kept, self._constant(0.0)]))
-        rows = [
-            self._means[ref],
-            self._sum(ref, z),
-            self._sum(ref, self._op("Mul", [z, z])),
-            self._extreme(ref, "ReduceMin", _BIG),
-            self._extreme(ref, "ReduceMax", -_BIG),
-            self._sum(ref, positive),
-            self._sum(ref, self._op("Mul", [negative, negative])),
-        ]
-        return self._op("Concat", rows, axis=0)
+        rows = [self._square(self._centred(ref)), positive, self._square(negative)]
+        sums = [self._sum(ref, value) for value in rows]
+        return [*sums, self._extreme(ref, "Min", _BIG), self._extreme(ref, "Max", -_BIG)]
+
+    def _state(self, hint: str, initial: float, *, kept: bool = False) -> tuple[str, ir.Value]:
+        """Adds an input for a state; it starts as one number, which broadcasts."""
+        name = f"{PREFIX}_{hint}_{len(self.states)}"
+        value = ir.Value(name=name, shape=ir.Shape([None, None]), type=ir.TensorType(ir.DataType.FLOAT))
+        self._graph.inputs.append(value)
+        self.states[name] = State("", np.full((1, 1), initial, np.float32), kept)
+        return name, value
+
+    def _close(self, name: str, result: ir.Value) -> str:
+        """Says what a state is after a run."""
+        before = self.states[name]
+        self.states[name] = State(result.name or "", before.initial, before.kept)
+        return name
+
+    def _add_up(self, left: ir.Value, right: ir.Value, hint: str) -> str:
+        """A state that left'right is added to, in the product itself."""
+        name, state = self._state(hint, 0.0)
+        return self._close(name, self._op("Gemm", [left, right, state], transA=1))
+
+    def _sum(self, ref: Ref, rows: ir.Value) -> str:
+        """Column sums as a matrix product: it adds in blocks, which rounds less than ReduceSum."""
+        return self._add_up(self._ones(ref), rows, "sum")
 
     def _rows(self, ref: Ref) -> ir.Value:
         """The tensor as float32 rows [n, C]."""
@@ -151,31 +208,39 @@ class ProbeSet:
         return self._once(("kept", ref), lambda: self._fill(ref, self._rows(ref), 0.0))
 
     def _centred(self, ref: Ref) -> ir.Value:
-        """Rows minus the batch's mean, padding 0; records the count and the mean as outputs."""
+        """Rows minus the shift, padding 0; records the tensor's column of states."""
 
         def build() -> ir.Value:
             ones = self._ones(ref)
-            count = self._op("MatMul", [self._op("Transpose", [ones], perm=[1, 0]), ones])
-            # never 0/0, and no opset-dependent Max: a batch of padding only has the mean 0
-            divisor = self._op("Clip", [count], min=1.0) if self._opset < 11 else self._clip_from_one(count)
-            self._counts[ref] = count
-            self._means[ref] = self._op("Div", [self._sum(ref, self._kept(ref)), divisor])
-            return self._fill(ref, self._op("Sub", [self._rows(ref), self._means[ref]]), 0.0)
+            name, known = self._state("shift", float("nan"), kept=True)
+            total = self._op("MatMul", [self._op("Transpose", [ones], perm=[1, 0]), self._kept(ref)])
+            mean = self._op("Div", [total, self._at_least_one(self._row_total(ref))])
+            shift = self._op("Where", [self._op("IsNaN", [known]), mean, known])
+            rows = self._fill(ref, self._op("Sub", [self._rows(ref), shift]), 0.0)
+            count = self._add_up(ones, ones, "count")
+            self._columns[ref] = Column(count, self._close(name, shift), self._sum(ref, rows))
+            return rows
 
         return self._once(("centred", ref), build)
 
-    def _clip_from_one(self, count: ir.Value) -> ir.Value:
+    def _row_total(self, ref: Ref) -> ir.Value:
+        ones = self._ones(ref)
+        return self._op("MatMul", [self._op("Transpose", [ones], perm=[1, 0]), ones])
+
+    def _at_least_one(self, count: ir.Value) -> ir.Value:
+        """Never 0/0, and no opset-dependent Max: a batch of padding only has the mean 0."""
+        if self._opset < 11:
+            return self._op("Clip", [count], min=1.0)
         return self._op("Clip", [count, self._constant(1.0)])
 
-    def _sum(self, ref: Ref, rows: ir.Value) -> ir.Value:
-        """Column sums [1, C] as a matrix product: it adds in blocks, which rounds less than ReduceSum."""
-        return self._op("MatMul", [self._op("Transpose", [self._ones(ref)], perm=[1, 0]), rows])
-
-    def _extreme(self, ref: Ref, op_type: str, neutral: float) -> ir.Value:
+    def _extreme(self, ref: Ref, op_type: str, neutral: float) -> str:
         rows = self._fill(ref, self._rows(ref), neutral)
         if self._opset < 18:
-            return self._op(op_type, [rows], axes=[0], keepdims=1)
-        return self._op(op_type, [rows, self._constant([0], INT64)], keepdims=1)
+            found = self._op(f"Reduce{op_type}", [rows], axes=[0], keepdims=1)
+        else:
+            found = self._op(f"Reduce{op_type}", [rows, self._constant([0], INT64)], keepdims=1)
+        name, state = self._state(op_type.lower(), neutral)
+        return self._close(name, self._op(op_type, [found, state]))
 
     def _fill(self, ref: Ref, rows: ir.Value, fill: float) -> ir.Value:
         mask = self._mask(ref)
@@ -271,7 +336,7 @@ class ProbeSet:
 
     def _own(self, ref: Ref) -> Ref:
         """The same tensor by its name in the clone; a model that is its own reference is probed once."""
-        return Ref(self._names.get(ref, ref.value), axis=ref.axis)
+        return replace(ref, value=self._names.get(ref, ref.value), source="model")
 
     def _find(self, ref: Ref) -> ir.Value:
         if ref.value in self._values:

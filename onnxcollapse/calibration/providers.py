@@ -87,6 +87,11 @@ def chain(requested: str) -> tuple[str, ...]:
     return obtained
 
 
+def device_of(provider: Provider) -> tuple[str, int]:
+    """Where a provider's tensors live, as IO binding names it."""
+    return ("cuda", 0) if provider.obtained in (CUDA, TENSORRT) else ("cpu", 0)
+
+
 def warn_fallback(requested: str, obtained: str) -> None:
     """Says in one line that a provider asked for is not the one that runs, and what to do."""
     remedy = "run `onnxcollapse doctor` to see why"

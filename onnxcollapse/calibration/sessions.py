@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,21 @@ UNREADABLE = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """A tensor that stays on the device from run to run: what an output is, an input is in the next run.
+
+    Attributes:
+        output: The output that gives its next value.
+        initial: Its value before the first run; an operator that broadcasts makes it grow from [1, 1].
+        kept: Whether reading it leaves it as it is; else it starts anew.
+    """
+
+    output: str
+    initial: np.ndarray
+    kept: bool = False
+
+
 class Session:
     """A model ready to run.
 
@@ -44,13 +60,28 @@ class Session:
         outputs: Names of the outputs it gives.
     """
 
-    def __init__(self, handle: InferenceSession, provider: Provider, handover: Handover) -> None:
+    def __init__(
+        self,
+        handle: InferenceSession,
+        provider: Provider,
+        handover: Handover,
+        states: Mapping[str, State] | None = None,
+    ) -> None:
         self._handle = handle
         self._handover: Handover | None = handover  # borrowed weights have to outlive the handle
+        self._states = dict(states or {})
+        self._values: dict[str, Any] = {name: state.initial for name, state in self._states.items()}
         self.provider = provider
-        self.inputs = tuple(i.name for i in handle.get_inputs())
-        self.outputs = tuple(o.name for o in handle.get_outputs())
+        self.inputs = tuple(i.name for i in handle.get_inputs() if i.name not in self._states)
+        returned = {state.output: name for name, state in self._states.items()}
+        self.outputs = tuple(o.name for o in handle.get_outputs() if o.name not in returned)
+        self._order = [*self.outputs, *returned]
         self._optional = {i.name for i in handle.get_overridable_initializers()}
+        self._device = providers.device_of(provider)
+        # ONNX Runtime binds tensors of numbers only; a plain run on the CPU needs no binding.
+        tensors = [*handle.get_inputs(), *handle.get_outputs()]
+        bindable = all(t.type.startswith("tensor(") and t.type != "tensor(string)" for t in tensors)
+        self._bound = bindable and (bool(self._states) or self._device[0] != "cpu")
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs one batch.
@@ -59,7 +90,7 @@ class Session:
             feeds: Arrays by input name; names the model does not have are ignored.
 
         Returns:
-            Every output by name. bf16 and fp8 outputs come as float32.
+            Every output but the states' by name. bf16 and fp8 outputs come as float32.
 
         Raises:
             DataError: An input is missing.
@@ -70,7 +101,7 @@ class Session:
             raise DataError(f"input {missing[0]!r} is not in the data; add an array of that name")
         wanted = {n: a for n, a in feeds.items() if n in self._optional or n in self.inputs}
         try:
-            results = self._handle.run(None, wanted)
+            results = self._run_bound(wanted) if self._bound else self._run_plain(wanted)
         except Exception as error:  # ONNX Runtime has no common base class for its errors
             shapes = ", ".join(f"{n} {tuple(a.shape)}" for n, a in wanted.items())
             reason = _first_line(error)
@@ -79,8 +110,49 @@ class Session:
             ) from error
         return dict(zip(self.outputs, results, strict=True))
 
+    def read(self, *, restart: bool = False) -> dict[str, np.ndarray]:
+        """Takes the states off the device, by the names of their inputs; those that are not kept start anew.
+
+        Args:
+            restart: Those that are kept start anew, too.
+        """
+        values = {
+            name: value if isinstance(value, np.ndarray) else value.numpy()
+            for name, value in self._values.items()
+        }
+        for name, state in self._states.items():
+            if restart or not state.kept:
+                self._values[name] = state.initial
+        return values
+
+    def _run_plain(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        results = self._handle.run(self._order, {**feeds, **self._values})
+        self._keep_states(results[len(self.outputs) :])
+        return results[: len(self.outputs)]
+
+    def _run_bound(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        """Runs with IO binding: only what is fed and what is asked for crosses between host and device."""
+        binding = self._handle.io_binding()
+        for name, value in {**feeds, **self._values}.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.asarray(value, order="C"))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name)
+        for state in self._states.values():
+            binding.bind_output(state.output, *self._device)
+        self._handle.run_with_iobinding(binding)
+        results = binding.get_outputs()
+        self._keep_states(results[len(self.outputs) :])
+        return [result.numpy() for result in results[: len(self.outputs)]]
+
+    def _keep_states(self, values: Sequence[Any]) -> None:
+        self._values = dict(zip(self._states, values, strict=True))
+
     def close(self) -> None:
         """Frees the session and lets go of the weights."""
+        self._values = {}
         self._handle = None
         self._handover = None
 
@@ -113,8 +185,14 @@ def open_session(model: Model, *, provider: str = "auto", outputs: Sequence[str]
     return adopt(scratch, provider)
 
 
-def adopt(scratch: Model, provider: str) -> Session:
-    """Opens a session on a clone that nobody else uses (see open_session)."""
+def adopt(scratch: Model, provider: str, states: Mapping[str, State] | None = None) -> Session:
+    """Opens a session on a clone that nobody else uses (see open_session).
+
+    Args:
+        scratch: The clone.
+        provider: See open_session.
+        states: Tensors that stay on the device, by the names of their inputs.
+    """
     _widen_outputs(scratch.graph)
     names = providers.chain(provider)
     handover = hand_over(scratch)
@@ -127,7 +205,9 @@ def adopt(scratch: Model, provider: str) -> Session:
     obtained = handle.get_providers()[0]
     if obtained != names[0]:
         providers.warn_fallback(provider, obtained)
-    return Session(handle, Provider(provider, obtained, providers.OPTIONS.get(obtained, {})), handover)
+    return Session(
+        handle, Provider(provider, obtained, providers.OPTIONS.get(obtained, {})), handover, states
+    )
 
 
 def keep_outputs(scratch: Model, names: Sequence[str]) -> None:

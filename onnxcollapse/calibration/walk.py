@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,15 +15,30 @@ from onnxcollapse.calibration.data import DataPart, Dataset
 from onnxcollapse.calibration.planner import peak_resident
 from onnxcollapse.calibration.providers import Provider
 from onnxcollapse.calibration.segments import Segment, extract, segments
-from onnxcollapse.calibration.sessions import adopt
+from onnxcollapse.calibration.sessions import Session, State, adopt
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.model import Model
 
 logger = logging.getLogger(__name__)
 
 Feeds = dict[str, np.ndarray]
-Amend = Callable[[Model], Callable[[int, Feeds], Feeds]]
-"""Edits a segment's scratch model before it is opened; gives what to feed besides, by batch number and batch."""
+
+
+@dataclass(frozen=True)
+class Amendment:
+    """What an edited segment needs besides its own feeds.
+
+    Attributes:
+        feed: Gives more feeds by batch number and batch.
+        states: Tensors that stay on the device from batch to batch, by the names of their inputs.
+    """
+
+    feed: Callable[[int, Feeds], Feeds]
+    states: Mapping[str, State]
+
+
+Amend = Callable[[Model], Amendment]
+"""Edits a segment's scratch model before it is opened."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +50,16 @@ class Step:
         number: Its number in the order of the walk.
         batch: The model's own feeds.
         outputs: What was asked for.
+        last: Whether it is the last batch of its part.
+        session: Ran it; holds the states.
     """
 
     part: DataPart
     number: int
     batch: Feeds
     outputs: Feeds
+    last: bool
+    session: Session
 
 
 class Walk:
@@ -83,13 +102,16 @@ class Walk:
         """Whether the data is through."""
         return self.place >= len(self.segments)
 
-    def batches(self) -> Iterator[tuple[DataPart, int, Feeds]]:
-        """Every batch with its part and number, in the order of the walk."""
+    def batches(self) -> Iterator[tuple[DataPart, int, Feeds, bool]]:
+        """Every batch with its part, its number in the order of the walk, and whether it is its part's last."""
         number = 0
         for part in self._parts:
-            for batch in self._data.batches(part, self._limit):
-                yield part, number, batch
-                number += 1
+            batches = iter(self._data.batches(part, self._limit))
+            batch = next(batches, None)
+            while batch is not None:
+                after = next(batches, None)
+                yield part, number, batch, after is None
+                number, batch = number + 1, after
 
     def pass_through(
         self,
@@ -121,14 +143,14 @@ class Walk:
         more = None if amend is None else amend(scratch)
         self.tape.drop(gives)
         began = time.perf_counter()
-        with adopt(scratch, self._requested) as session:
+        with adopt(scratch, self._requested, None if more is None else more.states) as session:
             self.provider = session.provider
-            for part, number, batch in self.batches():
+            for part, number, batch, last in self.batches():
                 feeds = {**batch, **{name: self.tape.get(name, number) for name in segment.reads}}
-                results = session.run(feeds if more is None else {**feeds, **more(number, batch)})
+                results = session.run(feeds if more is None else {**feeds, **more.feed(number, batch)})
                 for name in gives:
                     self.tape.put(name, results[name])
-                yield Step(part, number, batch, results)
+                yield Step(part, number, batch, results, last, session)
         logger.debug(
             "segment %d of %d: %.2f s, peak resident %d MB so far",
             segment.index + 1, len(self.segments), time.perf_counter() - began, peak_resident() >> 20,
@@ -165,7 +187,7 @@ class Walk:
         before = [name for name in outputs if name not in here]
         for step in self.pass_through(wanted=here, hold=False):
             taped = {name: self.tape.get(name, step.number) for name in before}
-            yield Step(step.part, step.number, step.batch, {n: (step.outputs | taped)[n] for n in outputs})
+            yield replace(step, outputs={n: (step.outputs | taped)[n] for n in outputs})
 
     def close(self) -> None:
         """Forgets everything on the tape."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -15,11 +16,12 @@ from onnxcollapse.calibration.masks import batch_rows, row_mask
 from onnxcollapse.calibration.probes import PREFIX, ROWS_INPUT, ProbeSet
 from onnxcollapse.calibration.segments import Segment
 from onnxcollapse.calibration.sessions import UNREADABLE, main_values
-from onnxcollapse.calibration.statistics import Part, Ref, Request, Result, Statistics
+from onnxcollapse.calibration.statistics import Cross, Gram, Part, Ref, Request, Result, Statistics
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Amendment, Feeds, Walk
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model.model import Model
+from onnxcollapse.model.operations import concrete
 from onnxcollapse.structure.channels import element_type
 
 Progress = Callable[[int, int], None]
@@ -90,8 +92,13 @@ class Sweep:
         reference: Model | None = None,
         parts: Sequence[Part] = ("fit", "heldout"),
         cuts: Sequence[str] = (),
+        room: int | None = None,
     ) -> None:
-        """See collect for the arguments."""
+        """See collect for the other arguments; a segment runs once for each share of its requests that fits `room`.
+
+        `room` is the bytes that the sums held at a time may take, None for any.
+        """
+        self._room = room
         self._requests = tuple(dict.fromkeys(requests))
         self._model, self._parts, self._data = model, parts, data
         self.tell: Progress | None = None
@@ -121,13 +128,40 @@ class Sweep:
                 place = self._walk.place
                 own = [request for request in self._requests if homes[request] == place]
                 later = [request for request in self._requests if homes[request] > place]
-                yield self._walk.segment, self._statistics(own, later, hold=place < last)
+                shares = self._shares(own)
+                yield self._walk.segment, self._statistics(shares[0], later, hold=place < last)
+                for share in shares[1:]:
+                    yield self._walk.segment, self.again(self._rewritten or self._model, share)
                 self._advance(hold=place < last)
         finally:
             self._walk.close()
             self._extra.close()
             if self._beside is not None:
                 self._beside.close()
+
+    def _shares(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Splits a segment's requests, in their order, into shares whose sums fit."""
+        shares: list[list[Request]] = [[]]
+        held = 0
+        for request in requests:
+            size = 0 if self._room is None else _sum_bytes(request, self._widths)
+            if self._room is not None and shares[-1] and held + size > self._room:
+                shares.append([])
+                held = 0
+            shares[-1].append(request)
+            held += size
+        return shares
+
+    @functools.cached_property
+    def _widths(self) -> Mapping[tuple[str, int], int]:
+        """Channels of every tensor, by name and axis; shapes that exporters leave out are inferred for one sample."""
+        graph = concrete(self._model, shapes=self._data.shapes())
+        found = {}
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
+            for axis, width in enumerate(dims):
+                found[info.name, axis] = found[info.name, axis - len(dims)] = width
+        return found
 
     def _advance(self, *, hold: bool) -> None:
         rewritten, self._rewritten = self._rewritten, None
@@ -278,6 +312,14 @@ def _refuse(ref: Ref, model: Model) -> NoReturn:
     if any(ref.value in main_values(body) for body in model.graph.subgraphs()):
         raise ModelError(f"tensor {ref.value!r} lies in a subgraph (If, Loop, Scan) and cannot be probed")
     raise ModelError(f"tensor {ref.value!r} is not in the model's main graph; request another")
+
+
+def _sum_bytes(request: Request, known: Mapping[tuple[str, int], int]) -> int:
+    """About what the sums of a request take while they are gathered and read: fp32 and fp64 halves, a whole result."""
+    widths = [known.get((ref.value, ref.axis), 0) for ref in request.refs]
+    if isinstance(request, Gram):
+        return 32 * sum(widths) ** 2
+    return 32 * widths[0] * widths[-1] if isinstance(request, Cross) else 0
 
 
 def _all_refs(requests: Iterable[Request]) -> list[Ref]:

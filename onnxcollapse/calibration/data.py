@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,14 @@ class Dataset:
             rows, kind = rows + unit.rows, new_kind
         if pieces:
             yield self._join(pieces)
+
+    def in_batches_of(self, size: int | None) -> Dataset:
+        """The same samples in smaller batches; a size that the model or a reader fixes stays."""
+        if size is None or size >= self.batch_size or self._layouts[0].batch is not None:
+            return self
+        smaller = copy.copy(self)
+        smaller.batch_size = size
+        return smaller
 
     def count(self, part: DataPart, limit: int | None = None) -> int:
         """Samples that `batches` gives for these arguments."""

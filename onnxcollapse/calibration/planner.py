@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides from a memory limit whether a model runs whole or segment by segment."""
+"""Decides from a memory limit how long segments are, how many samples a batch has and how many sums are held."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxcollapse.calibration.segments import cut_points
+from onnxcollapse.calibration.data import Dataset
+from onnxcollapse.calibration.segments import Segment, cut_points, segments
 from onnxcollapse.errors import OptionError
 from onnxcollapse.model import Model, size
+from onnxcollapse.model.activations import peak_activations
 
 logger = logging.getLogger(__name__)
 
@@ -19,35 +22,42 @@ SESSION_SHARE = 3
 """A session over n bytes of weights reaches about this many times n: mapped pages, packed copies, activations."""
 
 BASE = 400 << 20
-"""What the process holds beside sessions: libraries, the graph, statistics of one segment."""
+"""What the process holds beside sessions: libraries, the graph, tables of the journal."""
 
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is run.
+    """How a model is run inside a memory limit.
 
     Attributes:
         points: Tensors between the model's layers.
         cuts: Those at which it is cut to be run: none when a session over the whole model fits.
+        batch: Samples a batch at most; None for what suits the data.
+        sums: Bytes that the Gram matrices held at a time may take; None for no limit.
     """
 
     points: tuple[str, ...]
     cuts: tuple[str, ...]
+    batch: int | None = None
+    sums: int | None = None
 
 
-def plan(model: Model, limit: int | None = None) -> Plan:
-    """Plans the runs of a model.
+def plan(model: Model, limit: int | None = None, data: Dataset | None = None) -> Plan:
+    """Plans the runs of a model: half of the memory is for weights, a quarter for activations, one for sums.
 
     Args:
         model: The model.
         limit: Bytes of resident memory; None for half of what is free.
+        data: What is run through it, to choose a batch size for.
     """
     limit = limit if limit is not None else _free() // 2
+    room = max(limit - BASE, 1)
     points = tuple(cut_points(model.graph))
     whole = BASE + SESSION_SHARE * size(model).bytes
-    cuts = () if whole <= limit else points
+    cuts = () if whole <= limit else _fewest(model, points, room // 2)
+    batch = None if data is None else _batch(model, data, room // 4)
     if cuts:
         logger.info("memory plan: %d segments; one session would take %s", len(cuts) + 1, _text(whole))
     elif whole > limit:
@@ -56,7 +66,45 @@ def plan(model: Model, limit: int | None = None) -> Plan:
         )
     else:
         logger.info("memory plan: one session of about %s, under the limit of %s", _text(whole), _text(limit))
-    return Plan(points, cuts)
+    logger.info(
+        "memory plan: %s samples a batch, sums of %s at a time",
+        batch or (data.batch_size if data else "all"), _text(room // 4),
+    )  # fmt: skip
+    return Plan(points, cuts, batch, room // 4)
+
+
+def _fewest(model: Model, points: Sequence[str], room: int) -> tuple[str, ...]:
+    """Cuts so that segments are as long as sessions over them fit."""
+    cuts: list[str] = []
+    held = 0
+    for segment in segments(model.graph, points):
+        weight = SESSION_SHARE * _weights(model, segment)
+        if held and held + weight > room and segment.index:
+            cuts.append(points[segment.index - 1])
+            held = 0
+        held += weight
+    return tuple(cuts)
+
+
+def _weights(model: Model, segment: Segment) -> int:
+    """Bytes of the weights that a segment reads."""
+    read = {
+        value.name: value.const_value.nbytes
+        for node in model.graph
+        if any(output.name in segment.makes for output in node.outputs)
+        for value in node.inputs
+        if value is not None and value.const_value is not None
+    }
+    return sum(read.values())
+
+
+def _batch(model: Model, data: Dataset, room: int) -> int | None:
+    """A batch size whose activations fit; halved from what the data would have."""
+    need = peak_activations(model, data.shapes())
+    batch = data.batch_size
+    while batch > 1 and batch * need > room:
+        batch //= 2
+    return None if batch == data.batch_size else batch
 
 
 def parse_memory(text: str) -> int:

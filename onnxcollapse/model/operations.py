@@ -42,12 +42,28 @@ def flops(
     Raises:
         ModelError: `shapes` names an input that there is not, or gives it another rank.
     """
+    return _count(concrete(model, dims, shapes), {})
+
+
+def concrete(
+    model: Model, dims: Mapping[str, int] | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> onnx.GraphProto:
+    """The main graph without weights, functions inlined, every shape as large as inputs of given shapes make it.
+
+    Args:
+        model: The model; its weights are not read.
+        dims: Sizes of dynamic axes, by symbol.
+        shapes: Shapes of inputs, by name; they come before `dims`. What neither says is 1.
+
+    Raises:
+        ModelError: `shapes` names an input that there is not, or gives it another rank.
+    """
     proto = _inlined(skeleton.for_inference(model.ir))
     _bind_inputs(proto.graph, dict(dims or {}), dict(shapes or {}))
     for graph in carry.proto_graphs(proto):
         if isinstance(graph, onnx.GraphProto):
             _forget_shapes(graph, outputs=graph is not proto.graph)
-    return _count(infer(proto).graph, {})
+    return infer(proto).graph
 
 
 def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -58,7 +58,7 @@ class Fitter:
         self, reference: Model, data: Dataset, plan: Plan, provider: str, progress: Progress
     ) -> None:
         self._reference, self._data = reference, data
-        self._points, self._provider, self._progress = plan.points, provider, progress
+        self._plan, self._provider, self._progress = plan, provider, progress
         self.changed = False
 
     def statistics(self, model: Model, places: Sequence[Place]) -> Iterator[tuple[Place, Statistics | None]]:
@@ -145,5 +145,13 @@ class Fitter:
         inside = {
             v.name for site in sites for node in site.nodes for v in node.outputs if v.name != site.name
         }
-        points = [point for point in self._points if point not in inside]
-        return Sweep(model, requests, self._data, provider=self._provider, reference=reference, cuts=points)
+        points = [point for point in self._plan.points if point not in inside]
+        return Sweep(
+            model,
+            requests,
+            self._data,
+            provider=self._provider,
+            reference=reference,
+            cuts=points,
+            room=self._plan.sums,
+        )

@@ -183,7 +183,10 @@ def optimize(
     work, notes = model.clone(), list[str]()
     if data is not None:
         data.count("heldout")  # too little data to be split fails here and not after the work
-    cuts = plan(model, memory).cuts if data is not None else ()
+    running = None if data is None else plan(model, memory, data)
+    cuts = () if running is None else running.cuts
+    if data is not None and running is not None:
+        data = data.in_batches_of(running.batch)
     verifier = None if data is None else Verifier(model, data, budget.metric, provider, cuts)
     ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model)).run()
     if data is not None and verifier is not None and lossy:

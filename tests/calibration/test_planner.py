@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from onnxcollapse.calibration import cut_points, parse_memory, plan
+from onnxcollapse.calibration import Gram, Ref, Sweep, cut_points, open_data, parse_memory, plan
+from onnxcollapse.calibration.planner import BASE
 from onnxcollapse.errors import OptionError
+from onnxcollapse.model import size
+from onnxcollapse.model.activations import peak_activations
 from tests.support import mlp, residual
 
 
@@ -32,3 +36,37 @@ def test_sizes_are_read(text, expected):
 def test_what_is_no_size_is_one_clear_error(text):
     with pytest.raises(OptionError, match="--memory"):
         parse_memory(text)
+
+
+def test_segments_are_as_long_as_fits():
+    model = residual()
+    points = cut_points(model.graph)
+    room = 2 * size(model).bytes
+    few = plan(model, BASE + room).cuts
+    assert 0 < len(few) < len(points)
+    assert set(few) < set(points)
+
+
+def test_batches_shrink_until_their_activations_fit():
+    model = mlp([512, 2048, 512])
+    data = open_data({"x": np.zeros((600, 512), np.float32)}, model)
+    need = peak_activations(model, data.shapes())
+    assert 4 * (512 + 2048) <= need <= 4 * (512 + 2 * 2048 + 512)
+    assert plan(model, 64 << 30, data).batch is None
+    tight = plan(model, BASE + 4 * 100 * need, data)
+    assert tight.batch is not None and 50 <= tight.batch <= 100
+    assert len(next(data.in_batches_of(tight.batch).batches("all"))["x"]) == tight.batch
+    assert len(next(data.batches("all"))["x"]) == data.batch_size
+
+
+def test_sums_that_do_not_fit_together_are_gathered_one_after_the_other():
+    model = mlp([8, 16, 8, 16, 8])
+    data = open_data({"x": np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)}, model)
+    names = [node.outputs[0].name for node in model.graph if node.op_type == "Relu"]
+    requests = [Gram((Ref(name),)) for name in names]
+    [(_, together)] = list(Sweep(model, requests, data, provider="cpu"))
+    apart = [statistics for _, statistics in Sweep(model, requests, data, provider="cpu", room=1)]
+    assert len(apart) == len(requests) > 1
+    for request, statistics in zip(requests, apart, strict=True):
+        assert request in statistics
+        np.testing.assert_allclose(statistics.fit(request).matrix, together.fit(request).matrix, rtol=1e-12)

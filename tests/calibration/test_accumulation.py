@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums that gather on the device: what they are, and what fp32 loses."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcollapse.calibration import Cosine, Cross, Gram, Ref, collect, collector, open_data
+from onnxcollapse.calibration.sessions import State, adopt
+
+rng = np.random.default_rng(7)
+X = rng.standard_normal((100, 20)).astype(np.float32) + 3
+
+
+def rows(data, part, name="x"):
+    return np.concatenate([batch[name].astype(np.float64) for batch in data.batches(part)])
+
+
+def activations(model, x):
+    w1, w2 = (model.graph.initializers[name].const_value.numpy().astype(np.float64) for name in ("w1", "w2"))
+    z = x @ w1
+    a = np.maximum(z, 0)
+    return {"x": x, "z": z, "a": a, "y": a @ w2}
+
+
+def test_cross_and_cosine_equal_numpy(encoder):
+    model = encoder()
+    ids = rng.integers(1, 50, (40, 7))
+    mask = (np.arange(7) < rng.integers(2, 8, (40, 1))).astype(np.int64)
+    data = open_data({"input_ids": ids, "attention_mask": mask}, model, batch_size=4)
+    cross, cosine = Cross(Ref("e"), Ref("h")), Cosine(Ref("e"), Ref("h"))
+    same = Cosine(Ref("e"), Ref("e"))
+    statistics = collect(model, [cross, cosine, same], data, provider="cpu")
+    table = model.graph.initializers["table"].const_value.numpy().astype(np.float64)
+    kept = [batch["input_ids"][batch["attention_mask"] != 0] for batch in data.batches("fit")]
+    e = table[np.concatenate(kept)]
+    got = statistics.fit(cross)
+    assert got.count == len(e)
+    np.testing.assert_allclose(got.covariance, np.cov(e.T, bias=True), atol=1e-6)
+    np.testing.assert_allclose(got.correlation(), np.corrcoef(e.T), atol=1e-5)
+    assert statistics.fit(cosine).count == len(e)
+    assert statistics.fit(cosine).mean == pytest.approx(1.0, abs=1e-6)  # h is e where there is no padding
+    assert statistics.heldout(same).mean == pytest.approx(1.0, abs=1e-6)
+
+
+def test_cosine_of_unrelated_rows_and_of_zeros(mlp):
+    model = mlp()
+    data = open_data({"x": X}, model)
+    request = Cosine(Ref("z"), Ref("a"))
+    values = activations(model, rows(data, "fit"))
+    norms = np.linalg.norm(values["z"], axis=1) * np.linalg.norm(values["a"], axis=1)
+    want = np.mean(np.sum(values["z"] * values["a"], axis=1) / norms)
+    assert collect(model, [request], data, provider="cpu").fit(request).mean == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("read_out", [1, 3, 1000])
+def test_sums_that_gather_on_the_device_stay_near_fp64(mlp, monkeypatch, read_out):
+    """Many batches, an offset of a hundred deviations: what fp32 loses is relative to the spread."""
+    monkeypatch.setattr(collector, "READ_OUT", read_out)
+    model = mlp()
+    x = (rng.standard_normal((4000, 20)) + 100).astype(np.float32)
+    data = open_data({"x": x}, model, batch_size=16)
+    gram = Gram((Ref("x"),), (Ref("y"),))
+    got = collect(model, [gram], data, provider="cpu").fit(gram)
+    values = activations(model, rows(data, "fit"))
+    centred = np.concatenate([values["x"], values["y"]], axis=1)
+    want = np.cov(centred.T, bias=True)
+    covariance = (
+        got.matrix[1:, 1:] / got.count - np.outer(got.matrix[0, 1:], got.matrix[0, 1:]) / got.count**2
+    )
+    scale = np.sqrt(np.outer(np.diag(want), np.diag(want)))
+    assert (np.abs(covariance - want) / scale).max() < 2e-5
+
+
+def test_states_are_added_up_without_io_binding_where_inputs_are_strings(build):
+    model = build(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,4] x, string[N] words) => (float[N,4] y, string[N] same) {
+            y = Relu(x)
+            same = Identity(words)
+        }"""
+    )
+    x = rng.standard_normal((64, 4)).astype(np.float32)
+    with adopt_with_sum(model) as session:
+        words = np.array(["a"] * 32, object)
+        for part in (x[:32], x[32:]):
+            assert set(session.run({"x": part, "words": words})) == {"y", "same"}
+        np.testing.assert_allclose(session.read()["sum"], x.T @ x, rtol=1e-5)
+        np.testing.assert_array_equal(session.read()["sum"], [[0.0]])
+
+
+def adopt_with_sum(model):
+    """A session with the state sum += x'x."""
+    scratch = model.clone()
+    state = ir.Value(name="sum", shape=ir.Shape([None, None]), type=ir.TensorType(ir.DataType.FLOAT))
+    scratch.graph.inputs.append(state)
+    x = scratch.graph.inputs[0]
+    node = ir.node("Gemm", [x, x, state], {"transA": 1})
+    node.outputs[0].name, node.outputs[0].type = "sum_next", ir.TensorType(ir.DataType.FLOAT)
+    scratch.graph.append(node)
+    scratch.graph.outputs.append(node.outputs[0])
+    return adopt(scratch, "cpu", {"sum": State("sum_next", np.zeros((1, 1), np.float32))})

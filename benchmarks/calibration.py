@@ -7,6 +7,8 @@
 Each measurement runs in a process of its own, so that its peak resident memory is its own. `collapse` asks for what
 collapse-ffn needs of every feed-forward block (features x, targets y), `subset` for what subset-and-refit needs as well
 (features x and hidden activations, targets y). `whole` runs the model in one session, `segments` layer by layer.
+`accuracy` compares the sums of one block, gathered in fp32 on the device and read out every so many batches, with the
+same in fp64: the largest |G - G64| / sqrt(diag G64 diag G64) over centred columns.
 """
 
 from __future__ import annotations
@@ -23,12 +25,23 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from onnxcollapse.calibration import Dataset, Gram, Ref, Sweep, cut_points, open_data, open_session
+from onnxcollapse.calibration import (
+    Dataset,
+    Gram,
+    Ref,
+    Sweep,
+    collect,
+    collector,
+    cut_points,
+    open_data,
+    open_session,
+)
 from onnxcollapse.calibration.planner import peak_resident
 from onnxcollapse.model import Model
 from onnxcollapse.structure import FeedForward, feedforwards
 
-KINDS = ("forward", "collapse whole", "collapse segments", "subset segments")
+KINDS = ("forward", "collapse whole", "collapse segments", "subset segments", "accuracy")
+READ_OUTS = (1, collector.READ_OUT, 1_000)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     subprocess.run([sys.executable, "-m", "models.smollm2", "-o", str(folder)], check=True)
     rows = []
-    for kind in (*KINDS, "forward"):  # the forward run twice, before and after: the machine is noisy
+    for kind in (*KINDS[:-1], "forward", KINDS[-1]):  # forward before and after: the machine is noisy
         command = [sys.executable, "-m", "benchmarks.calibration", "-o", str(args.output), "--one", kind]
         done = subprocess.run(
             [*command, "--samples", str(args.samples)], check=True, stdout=subprocess.PIPE, text=True
@@ -54,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(json.loads(done.stdout))
         print(json.dumps(rows[-1]), flush=True)
     forward = float(np.mean([row["seconds"] for row in rows if row["kind"] == "forward"]))
-    for row in rows:
+    for row in (row for row in rows if row["kind"] != "accuracy"):
         row["ratio"] = round(row["seconds"] / forward, 2)
     print(machine.write("calibration", rows))
     return 0
@@ -65,6 +78,8 @@ def measure(kind: str, folder: Path, samples: int) -> dict[str, Any]:
     model = Model.load(folder)
     with np.load(folder / "calib.npz") as arrays:
         data = open_data({name: arrays[name][:samples] for name in arrays.files}, model)
+    if kind == "accuracy":
+        return {"kind": kind, "samples": samples, **_accuracy(model, data)}
     began = time.perf_counter()
     if kind == "forward":
         _forward(model, data)
@@ -90,6 +105,30 @@ def _statistics(model: Model, data: Dataset, kind: str) -> None:
     cuts = cut_points(model.graph) if kind.endswith("segments") else []
     for _, statistics in Sweep(model, requests, data, provider="cpu", cuts=cuts):
         del statistics  # a pass would read it here; nothing keeps it
+
+
+def _accuracy(model: Model, data: Dataset) -> dict[str, float]:
+    """The largest error of the sums of the middle block, by batches between two read-outs."""
+    sites, _ = feedforwards(model.graph)
+    request = _request(sites[len(sites) // 2], hidden=True)
+    rows = []
+    with open_session(model, provider="cpu", outputs=[ref.value for ref in request.refs]) as session:
+        for batch in data.batches("fit"):
+            outputs = session.run(batch)
+            parts = [outputs[ref.value].reshape(-1, outputs[ref.value].shape[-1]) for ref in request.refs]
+            rows.append(np.concatenate(parts, axis=1))
+    centred = np.concatenate(rows).astype(np.float64)
+    centred -= centred.mean(0)
+    exact = centred.T @ centred / len(centred)
+    scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+    errors = {}
+    for every in READ_OUTS:
+        collector.READ_OUT = every
+        sums = collect(model, [request], data, provider="cpu", parts=["fit"]).fit(request)
+        mean = sums.matrix[0, 1:] / sums.count
+        covariance = sums.matrix[1:, 1:] / sums.count - np.outer(mean, mean)
+        errors[f"every {every} batches"] = float(np.max(np.abs(covariance - exact) / scale))
+    return errors
 
 
 def _request(site: FeedForward, *, hidden: bool) -> Gram:

@@ -96,7 +96,8 @@ def open_session(model: Model, *, provider: str = "auto", outputs: Sequence[str]
 
     Args:
         model: The model. Its weights are handed over by reference.
-        provider: "auto" (CUDA if it works, else CPU), "cpu", "cuda", "tensorrt" or an ONNX Runtime name.
+        provider: "auto" (CUDA if it works, else CPU), "cpu", "cuda", "tensorrt" or an ONNX Runtime name; with a
+            device and options as "cuda:1,gpu_mem_limit=4GB".
         outputs: The values to compute, also inner ones of the main graph; what they do not need is left out.
             None for the model's outputs.
 
@@ -104,7 +105,8 @@ def open_session(model: Model, *, provider: str = "auto", outputs: Sequence[str]
         The session.
 
     Raises:
-        ProviderError: The provider's name is unknown.
+        ProviderError: The provider's name is unknown, or ONNX Runtime refuses its device or options.
+        OptionError: The provider's device or options cannot be read.
         ModelError: ONNX Runtime cannot load the model, or an output does not exist.
     """
     scratch = model.clone()
@@ -127,7 +129,7 @@ def adopt(scratch: Model, provider: str) -> Session:
     obtained = handle.get_providers()[0]
     if obtained != names[0]:
         providers.warn_fallback(provider, obtained)
-    return Session(handle, Provider(provider, obtained, providers.OPTIONS.get(obtained, {})), handover)
+    return Session(handle, Provider(provider, obtained, providers.options_of(provider, obtained)), handover)
 
 
 def keep_outputs(scratch: Model, names: Sequence[str]) -> None:
@@ -153,12 +155,12 @@ def main_values(graph: ir.Graph) -> dict[str, ir.Value]:
 
 def _create(handover: Handover, names: tuple[str, ...], requested: str) -> InferenceSession:
     try:
-        return providers.create(handover.skeleton, handover.options(), names)
+        return providers.create(handover.skeleton, handover.options(), names, requested)
     except Exception:
         if names[0] != providers.TENSORRT:
             raise
         logger.debug("TensorRT refuses the model", exc_info=True)
-    return providers.create(handover.skeleton, handover.options(), names[1:])
+    return providers.create(handover.skeleton, handover.options(), names[1:], requested)
 
 
 def _widen_outputs(graph: ir.Graph) -> None:

@@ -85,6 +85,14 @@ def place(workspace, tmp_path_factory):
     return workspace
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Tests that a shell runs in the background ignore Ctrl-C, and what they start would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def stopped(place, moment: str, out: str):
     """A run of the command line that has come to a moment and waits there."""
@@ -149,3 +157,10 @@ def test_kill(place, moment, out):
         assert all(name.startswith(".onnxcollapse-") for name in left)
     else:
         assert left == set()
+
+
+def test_ctrl_c_before_the_command_line_is_there(process, tmp_path):
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "click.py").write_text("raise KeyboardInterrupt\n")
+    done = process("--version", PYTHONPATH=str(tmp_path / "early"))
+    assert one_line(done.stderr, done.returncode, status=130) == "interrupted"

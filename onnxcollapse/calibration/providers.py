@@ -93,8 +93,13 @@ class Spec:
 @functools.cache
 def runtime() -> ModuleType:
     """Imports onnxruntime without the device discovery warnings it writes on hosts without a GPU."""
-    with _quiet_stderr():
-        return importlib.import_module("onnxruntime")
+    try:
+        with _quiet_stderr():
+            return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C while native code was being set up
+            raise error.__cause__ from None
+        raise
 
 
 def available_providers() -> tuple[str, ...]:

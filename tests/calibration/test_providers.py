@@ -180,3 +180,16 @@ def test_models_that_a_provider_leaves_to_another_are_told_of_once(caplog):
         providers.warn_fallback("tensorrt", CUDA)
     assert len(caplog.records) == 1
     assert "pip install tensorrt onnxcollapse[cuda]" in caplog.text
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), OSError("libcudart is missing")])
+def test_ctrl_c_while_the_runtime_is_imported(monkeypatch, cause):
+    """Native modules say that they could not be set up, whatever the reason."""
+
+    def fail(name):
+        raise ImportError("initialization failed") from cause
+
+    monkeypatch.setattr(providers.importlib, "import_module", fail)
+    expected = KeyboardInterrupt if isinstance(cause, KeyboardInterrupt) else ImportError
+    with pytest.raises(expected):
+        providers.runtime.__wrapped__()

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from onnxcollapse.errors import OnnxCollapseError
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from onnxcollapse.rewriting import Budget, Decline, Pass, Proposal, Saving, Target
     from onnxcollapse.rewriting.pipeline import Result, optimize
     from onnxcollapse.verification import compare
+
+# From 1.29 on ONNX Runtime reports what models it opens to its makers unless it is told not to before it is loaded,
+# and leaves a file in the temporary folder for that. What the user's environment says has precedence.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Budget": "onnxcollapse.rewriting",

@@ -14,7 +14,7 @@ import numpy as np
 from onnxcollapse.calibration import filling, layout
 from onnxcollapse.calibration.layout import Layout
 from onnxcollapse.calibration.signature import data_signature
-from onnxcollapse.errors import DataError
+from onnxcollapse.errors import DataError, OptionError
 from onnxcollapse.model.model import Model, Signature
 
 logger = logging.getLogger(__name__)
@@ -233,6 +233,7 @@ def open_data(
     seed: int = 0,
     heldout: float = 0.25,
     batch_size: int | None = None,
+    window: int | None = None,
 ) -> Dataset:
     """Opens calibration data and checks it against a model.
 
@@ -244,20 +245,24 @@ def open_data(
         seed: Of the split and of `random:N`.
         heldout: Share of the samples kept back; at least one sample, or batch of a fixed size, in each part.
         batch_size: Samples a batch; a size fixed by the model has precedence.
+        window: Tokens a window of `text:FILE`; by default what the model takes, 128 at most.
 
     Returns:
         The data.
 
     Raises:
         DataError: It cannot be read or does not fit the model.
+        OptionError: The window does not fit the model, or the data is no text.
     """
     from onnxcollapse.calibration.readers import read
 
+    if window is not None and not (isinstance(spec, str) and spec.startswith("text:")):
+        raise OptionError(f"window {window}: only text:FILE is cut into windows; leave it out")
     if isinstance(spec, Mapping):
         arrays = {name: np.asarray(array) for name, array in spec.items()}
         chunks, source = [Chunk.of("data", arrays)], "arrays in memory"
     else:
-        chunks, source = read(spec, model, seed), spec
+        chunks, source = read(spec, model, seed, window), spec
     return Dataset(
         chunks,
         data_signature(model),

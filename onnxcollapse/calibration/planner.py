@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onnxcollapse.calibration.data import Dataset
 from onnxcollapse.calibration.segments import Segment, cut_points, segments
-from onnxcollapse.errors import OptionError
+from onnxcollapse.calibration.sizes import parse_size
 from onnxcollapse.model import Model, size
 from onnxcollapse.model.activations import peak_activations
 
@@ -23,8 +23,6 @@ SESSION_SHARE = 3
 
 BASE = 400 << 20
 """What the process holds beside sessions: libraries, the graph, tables of the journal."""
-
-_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -113,15 +111,7 @@ def parse_memory(text: str) -> int:
     Raises:
         OptionError: Not of that form.
     """
-    number = text.strip().upper().rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text.strip().upper()[len(number) :].replace("IB", "B")
-    try:
-        value = float(number) * _UNITS[unit if unit in _UNITS else unit + "B"]
-    except (KeyError, ValueError):
-        raise OptionError(f"--memory {text}: give a size such as 4GB or 512MB") from None
-    if not value >= 1:
-        raise OptionError(f"--memory {text}: the limit must be above 0")
-    return int(value)
+    return parse_size(text, "--memory")
 
 
 def peak_resident() -> int:

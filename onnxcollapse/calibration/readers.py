@@ -25,23 +25,25 @@ _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 FORMS = "an .npz file, a folder of .npz or test_data_set_*, pkg.mod:reader, text:FILE, images:DIR or random:N"
 
 
-def read(spec: str, model: Model, seed: int) -> list[Chunk]:
+def read(spec: str, model: Model, seed: int, window: int | None = None) -> list[Chunk]:
     """Reads what a DATA argument names.
 
     Args:
         spec: The argument; see open_data.
         model: The model the data is for.
         seed: Of random:N.
+        window: Tokens a window of text:FILE; None for what the model takes.
 
     Returns:
         The samples in chunks, not yet checked against the model.
 
     Raises:
         DataError: It does not exist or cannot be read.
+        OptionError: The window does not fit the model.
     """
     kind, _, rest = spec.partition(":")
     if kind == "text":
-        return text.read(_existing(rest, spec), model)
+        return text.read(_existing(rest, spec), model, window)
     if kind == "images":
         return images.read(_existing(rest, spec), model)
     if kind == "random":

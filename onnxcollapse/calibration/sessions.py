@@ -77,7 +77,7 @@ class Session:
         self.outputs = tuple(o.name for o in handle.get_outputs() if o.name not in returned)
         self._order = [*self.outputs, *returned]
         self._optional = {i.name for i in handle.get_overridable_initializers()}
-        self._device = providers.device_of(provider)
+        self._device = providers.device_of(provider.requested, provider.obtained)
         # ONNX Runtime binds tensors of numbers only; a plain run on the CPU needs no binding.
         tensors = [*handle.get_inputs(), *handle.get_outputs()]
         bindable = all(t.type.startswith("tensor(") and t.type != "tensor(string)" for t in tensors)
@@ -168,7 +168,8 @@ def open_session(model: Model, *, provider: str = "auto", outputs: Sequence[str]
 
     Args:
         model: The model. Its weights are handed over by reference.
-        provider: "auto" (CUDA if it works, else CPU), "cpu", "cuda", "tensorrt" or an ONNX Runtime name.
+        provider: "auto" (CUDA if it works, else CPU), "cpu", "cuda", "tensorrt" or an ONNX Runtime name; with a
+            device and options as "cuda:1,gpu_mem_limit=4GB".
         outputs: The values to compute, also inner ones of the main graph; what they do not need is left out.
             None for the model's outputs.
 
@@ -176,7 +177,8 @@ def open_session(model: Model, *, provider: str = "auto", outputs: Sequence[str]
         The session.
 
     Raises:
-        ProviderError: The provider's name is unknown.
+        ProviderError: The provider's name is unknown, or ONNX Runtime refuses its device or options.
+        OptionError: The provider's device or options cannot be read.
         ModelError: ONNX Runtime cannot load the model, or an output does not exist.
     """
     scratch = model.clone()
@@ -205,9 +207,8 @@ def adopt(scratch: Model, provider: str, states: Mapping[str, State] | None = No
     obtained = handle.get_providers()[0]
     if obtained != names[0]:
         providers.warn_fallback(provider, obtained)
-    return Session(
-        handle, Provider(provider, obtained, providers.OPTIONS.get(obtained, {})), handover, states
-    )
+    options = providers.options_of(provider, obtained)
+    return Session(handle, Provider(provider, obtained, options), handover, states)
 
 
 def keep_outputs(scratch: Model, names: Sequence[str]) -> None:
@@ -233,12 +234,12 @@ def main_values(graph: ir.Graph) -> dict[str, ir.Value]:
 
 def _create(handover: Handover, names: tuple[str, ...], requested: str) -> InferenceSession:
     try:
-        return providers.create(handover.skeleton, handover.options(), names)
+        return providers.create(handover.skeleton, handover.options(), names, requested)
     except Exception:
         if names[0] != providers.TENSORRT:
             raise
         logger.debug("TensorRT refuses the model", exc_info=True)
-    return providers.create(handover.skeleton, handover.options(), names[1:])
+    return providers.create(handover.skeleton, handover.options(), names[1:], requested)
 
 
 def _widen_outputs(graph: ir.Graph) -> None:

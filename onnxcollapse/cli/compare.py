@@ -15,11 +15,14 @@ from onnxcollapse.cli.console import console, print_json, set_up_logging, table,
 @click.option(
     "--data", required=True, metavar="DATA", help="Inputs to run both on, in any form that --calib takes."
 )
+@options.window
 @options.provider
 @options.seed
 @options.as_json
 @options.verbose
-def compare(a: str, b: str, data: str, provider: str, seed: int, as_json: bool, verbose: int) -> None:
+def compare(
+    a: str, b: str, data: str, window: int | None, provider: str, seed: int, as_json: bool, verbose: int
+) -> None:
     """Runs A and B on the same data and shows how far B's outputs are from A's, in every metric."""
     set_up_logging(verbose)
     from onnxcollapse.calibration import open_data
@@ -28,7 +31,8 @@ def compare(a: str, b: str, data: str, provider: str, seed: int, as_json: bool, 
 
     with user_code():
         first, second = Model.load(a), Model.load(b)
-        found = measure(first, second, open_data(data, first, seed=seed), provider=provider)
+        dataset = open_data(data, first, seed=seed, window=window)
+        found = measure(first, second, dataset, provider=provider)
     document = found.to_dict()
     if as_json:
         print_json(document)

@@ -11,6 +11,7 @@ import click
 
 from onnxcollapse.cli import destinations, options
 from onnxcollapse.cli.console import Bars, console, fail, print_json, set_up_logging, table, user_code
+from onnxcollapse.errors import OptionError
 
 if TYPE_CHECKING:
     from onnxcollapse.rewriting.budget import Budget
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     help="Calibration data: .npz file, folder, pkg.mod:reader, text:FILE, images:DIR or random:N. Without it only "
     "exact rewrites run.",
 )
+@options.window
 @click.option("--budget", type=float, help="Largest error at the outputs on held-out data.  [default: 0.01]")
 @click.option(
     "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
@@ -57,6 +59,7 @@ def optimize(
     model: str,
     target: str,
     calib: str | None,
+    window: int | None,
     budget: float | None,
     metric: str,
     target_share: str | None,
@@ -80,7 +83,7 @@ def optimize(
         destinations.check_folder(report_folder)
     with user_code():
         allowed = _budget(budget, metric, target_share)
-        result = _run(model, calib, allowed, specs, provider, seed, memory, quiet=as_json)
+        result = _run(model, calib, window, allowed, specs, provider, seed, memory, quiet=as_json)
     if not allow_partial:
         pipeline.require_met(result)
     summary = {**result.to_dict(), "peak_rss_bytes": peak_resident(), "output": target}
@@ -96,6 +99,7 @@ def optimize(
 def _run(
     model: str,
     calib: str | None,
+    window: int | None,
     budget: Budget,
     specs: Sequence[str],
     provider: str,
@@ -112,9 +116,11 @@ def _run(
     passes = [registry.parse(spec) for spec in specs] or None
     if provider != "auto":
         chain(provider)  # an unknown one is an error, also where nothing will run on it
+    if calib is None and window is not None:
+        raise OptionError(f"--window {window}: there is no text to cut; give --calib text:FILE")
     limit = None if memory is None else parse_memory(memory)
     loaded = Model.load(model)
-    data = None if calib is None else open_data(calib, loaded, seed=seed)
+    data = None if calib is None else open_data(calib, loaded, seed=seed, window=window)
     with Bars(quiet=quiet) as progress:
         return pipeline.optimize(
             loaded,

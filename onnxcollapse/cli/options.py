@@ -6,7 +6,18 @@ from __future__ import annotations
 import click
 
 provider = click.option(
-    "--provider", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or an ONNX Runtime name."
+    "--provider",
+    default="auto",
+    show_default=True,
+    metavar="NAME[:DEVICE][,OPT=VALUE...]",
+    help="auto, cpu, cuda, tensorrt or an ONNX Runtime name, as cuda:1,gpu_mem_limit=4GB. TF32 is off on CUDA unless "
+    "use_tf32=1 is given.",
+)
+window = click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    metavar="TOKENS",
+    help="Tokens a window of text:FILE; by default what the model takes, 128 at most.",
 )
 as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else there."

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from onnxcollapse.rewriting.journal import Entry
@@ -61,11 +61,27 @@ def render(result: Result, summary: dict[str, Any]) -> str:
             ("pass", "site", "outcome", "why", "predicted error", "alone at outputs"), map(_left_row, left)
         ),
         "<h2>The run</h2>",
-        _table(("fact", "value"), [(key, str(value)) for key, value in facts.items()]),
+        _table(("fact", "value"), [(key, _fact(value)) for key, value in facts.items()]),
     ]
     body = "\n".join(parts)
     head = f"<meta charset=utf-8><title>onnxcollapse report</title><style>{STYLE}</style>"
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
+
+
+def _fact(value: object) -> str:
+    """Writes a fact, the parts of one that has several behind their names."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    parts = [
+        f"{key}: "
+        + (
+            ", ".join(f"{k}={v}" for k, v in part.items()) or "none"
+            if isinstance(part, Mapping)
+            else str(part)
+        )
+        for key, part in value.items()
+    ]
+    return "; ".join(parts)
 
 
 def _left_row(entry: Entry) -> tuple[object, ...]:

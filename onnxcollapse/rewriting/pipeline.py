@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, plan
+from onnxcollapse.calibration.providers import options_of
 from onnxcollapse.errors import BudgetNotMetError
 from onnxcollapse.model import Model, Size, flops, provenance, size, walk
 from onnxcollapse.rewriting.budget import Budget, Target
@@ -221,7 +222,11 @@ def optimize(
     if done:
         provenance.record(work, "passes", " ".join(done))
     obtained = verifier.provider.obtained if verifier is not None else ""
-    journal.facts["provider"] = {"requested": provider, "obtained": obtained or None}
+    journal.facts["provider"] = {
+        "requested": provider,
+        "obtained": obtained or None,
+        "options": options_of(provider, obtained) if obtained else {},
+    }
     result = Result(
         work,
         journal,

@@ -102,7 +102,10 @@ def test_the_report_folder(workspace):
     journal = json.loads((folder / "journal.json").read_text())
     assert [entry["outcome"] for entry in journal["entries"]] == ["kept"]
     assert journal["facts"]["data"] == {"samples": 200, "evidence": True}
-    assert journal["facts"]["provider"] == {"requested": "auto", "obtained": "CPUExecutionProvider"}
+    facts = {"requested": "auto", "obtained": "CPUExecutionProvider", "options": {}}
+    assert journal["facts"]["provider"] == facts
+    shown = "requested: auto; obtained: CPUExecutionProvider; options: none"
+    assert shown in (folder / "report.html").read_text()
     text = (folder / "journal.json").read_text()
     assert not any(word in text for word in ("seconds", "time", "date", str(workspace.folder)))
     assert "collapse-ffn" in (folder / "report.html").read_text()

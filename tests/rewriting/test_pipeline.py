@@ -279,6 +279,6 @@ def test_string_metric_facts_are_in_the_journal():
         "target": "params=0.9",
         "seed": 0,
         "data": {"samples": 200, "evidence": True},
-        "provider": {"requested": "cpu", "obtained": "CPUExecutionProvider"},
+        "provider": {"requested": "cpu", "obtained": "CPUExecutionProvider", "options": {}},
     }
     onnx.checker.check_model(ir.to_proto(result.model.ir))

@@ -56,8 +56,9 @@ class _Problem:
     @classmethod
     def of(cls, gram: GramMatrix, features: Selector, targets: Selector) -> _Problem:
         x_mean, y_mean = gram.mean(features), gram.mean(targets)
-        G = gram.block(features, features) - np.outer(x_mean, x_mean)
-        C = gram.block(features, targets) - np.outer(x_mean, y_mean)
+        G, C = gram.block(features, features), gram.block(features, targets)
+        G -= np.outer(x_mean, x_mean)
+        C -= np.outer(x_mean, y_mean)
         return cls(G, C, x_mean, y_mean)
 
 
@@ -241,6 +242,8 @@ def _solve(
 
 def _ridge_solve(G: np.ndarray, C: np.ndarray, ridge: float) -> np.ndarray:
     """(G + ridge mean(diag G) I)^-1 C by Cholesky; a G too singular for it by its eigenvectors."""
+    if not len(G):
+        return np.zeros_like(C)  # no features: the offset alone answers
     shifted = G.copy()
     shifted[np.diag_indices_from(shifted)] += ridge * max(float(np.mean(np.diag(G))), 0.0)
     try:

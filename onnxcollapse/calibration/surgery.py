@@ -9,7 +9,7 @@ import numpy as np
 from scipy import linalg
 from scipy.linalg import blas, lapack
 
-from onnxcollapse.calibration.leastsquares import _Problem
+from onnxcollapse.calibration.leastsquares import Problem
 from onnxcollapse.calibration.statistics import GramMatrix
 from onnxcollapse.errors import OptionError
 
@@ -93,7 +93,7 @@ def _start(
     shift: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """H (upper triangle) and W of the features that may leave, the fixed ones fitted along with them."""
-    problem = _Problem.of(fit, np.concatenate([fixed, features]), targets)
+    problem = Problem.of(fit, np.concatenate([fixed, features]), targets)
     A, C = problem.G, problem.C
     del problem
     A[np.diag_indices_from(A)] += shift

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcollapse.calibration import GramMatrix, ridge_fit, surgery
-from onnxcollapse.calibration.subset import eliminate, refit_subset
+from onnxcollapse.calibration import GramMatrix, eliminate, refit_subset, ridge_fit, surgery
 from onnxcollapse.calibration.surgery import removal_order
 from onnxcollapse.errors import OptionError
 

@@ -29,6 +29,7 @@ from onnxcollapse.calibration.statistics import (
     Request,
     Statistics,
 )
+from onnxcollapse.calibration.subset import SubsetFit, eliminate, refit_subset
 
 __all__ = [
     "Cosine",
@@ -48,16 +49,19 @@ __all__ = [
     "Request",
     "Session",
     "Statistics",
+    "SubsetFit",
     "Sweep",
     "available_providers",
     "collect",
     "cut_points",
+    "eliminate",
     "linear_error",
     "open_data",
     "open_session",
     "parse_memory",
     "plan",
     "rank_path",
+    "refit_subset",
     "relative_error",
     "ridge_fit",
 ]

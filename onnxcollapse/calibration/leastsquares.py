@@ -45,8 +45,15 @@ class LinearFit:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """Centred moments: covariance G [F, F], cross-covariance C [F, q] and the means."""
+class Problem:
+    """Centred moments of features x and targets y.
+
+    Attributes:
+        G: Cov(x, x), float64 [F, F].
+        C: Cov(x, y), float64 [F, q].
+        x_mean: float64 [F].
+        y_mean: float64 [q].
+    """
 
     G: np.ndarray
     C: np.ndarray
@@ -54,10 +61,12 @@ class _Problem:
     y_mean: np.ndarray
 
     @classmethod
-    def of(cls, gram: GramMatrix, features: Selector, targets: Selector) -> _Problem:
+    def of(cls, gram: GramMatrix, features: Selector, targets: Selector) -> Problem:
+        """The moments of columns of `gram`, in arrays of their own."""
         x_mean, y_mean = gram.mean(features), gram.mean(targets)
-        G = gram.block(features, features) - np.outer(x_mean, x_mean)
-        C = gram.block(features, targets) - np.outer(x_mean, y_mean)
+        G, C = gram.block(features, features), gram.block(features, targets)
+        G -= np.outer(x_mean, x_mean)
+        C -= np.outer(x_mean, y_mean)
         return cls(G, C, x_mean, y_mean)
 
 
@@ -98,7 +107,7 @@ def ridge_fit(
         raise OptionError(
             f"ridges {tuple(ridges)} must be >= 0 and rank {rank} at least 1; correct the options"
         )
-    problem = _Problem.of(fit, features, targets)
+    problem = Problem.of(fit, features, targets)
     errors = _Errors(heldout, features, targets)
     fits = []
     for ridge in sorted(ridges, reverse=True):
@@ -161,7 +170,7 @@ def rank_path(
     Returns:
         The path over all ranks.
     """
-    here, there = _Problem.of(fit, features, targets), _Problem.of(heldout, features, targets)
+    here, there = Problem.of(fit, features, targets), Problem.of(heldout, features, targets)
     basis = _leading(base.matrix.T @ here.G @ base.matrix, len(here.y_mean))
     reduced = base.matrix @ basis
     gain = 2 * np.sum((there.C @ basis) * reduced, 0) - np.sum(reduced * (there.G @ reduced), 0)
@@ -207,7 +216,7 @@ class _Errors:
     """The closed-form error of any linear candidate on one set of rows."""
 
     def __init__(self, gram: GramMatrix, features: Selector, targets: Selector) -> None:
-        self._problem = _Problem.of(gram, features, targets)
+        self._problem = Problem.of(gram, features, targets)
         targets_at = gram.columns(targets)
         second = gram.matrix[targets_at, targets_at] / max(gram.count, 1.0)
         self._power = float(second.sum())
@@ -228,7 +237,7 @@ class _Errors:
 
 
 def _solve(
-    problem: _Problem, ridge: float, rank: int | None, prior: np.ndarray | None
+    problem: Problem, ridge: float, rank: int | None, prior: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     right = problem.C if prior is None else problem.C - problem.G @ prior
     matrix = _ridge_solve(problem.G, right, ridge)
@@ -241,6 +250,8 @@ def _solve(
 
 def _ridge_solve(G: np.ndarray, C: np.ndarray, ridge: float) -> np.ndarray:
     """(G + ridge mean(diag G) I)^-1 C by Cholesky; a G too singular for it by its eigenvectors."""
+    if not len(G):
+        return np.zeros_like(C)  # no features: the offset alone answers
     shifted = G.copy()
     shifted[np.diag_indices_from(shifted)] += ridge * max(float(np.mean(np.diag(G))), 0.0)
     try:

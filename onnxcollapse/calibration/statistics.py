@@ -86,8 +86,9 @@ class Cosine:
 
 Request = Gram | Moments | Cross | Cosine
 
-Selector = str | int | Ref | Sequence["str | int | Ref"]
-"""Columns of a Gram matrix: "one", a value's name, its 1-based place, a Ref, or several of these."""
+Selector = str | int | Ref | Sequence["str | int | Ref"] | np.ndarray
+"""Columns of a Gram matrix: "one", a value's name, its 1-based place, a Ref, or several of these; or an array of
+column indices as `GramMatrix.columns` answers them, which may name a part of a tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +131,14 @@ class GramMatrix:
         """Column indices into `matrix` of what a selector names.
 
         Args:
-            selector: "one", a value name, a 1-based place, a Ref, or a sequence of these (concatenated).
+            selector: "one", a value name, a 1-based place, a Ref, or a sequence of these (concatenated); an
+                array is taken as column indices already.
 
         Raises:
             OptionError: The tensor is not in this Gram matrix, or its name alone is ambiguous.
         """
+        if isinstance(selector, np.ndarray):
+            return selector
         if isinstance(selector, Ref | str | int):
             start, width = self._span(selector)
             return np.arange(start, start + width)
@@ -143,7 +147,9 @@ class GramMatrix:
 
     def block(self, a: Selector, b: Selector) -> np.ndarray:
         """Mean of a'b over the rows, float64 [width of a, width of b]; see `columns` for a and b."""
-        return self.matrix[np.ix_(self.columns(a), self.columns(b))] / max(self.count, 1.0)
+        part = self.matrix[np.ix_(self.columns(a), self.columns(b))]
+        part /= max(self.count, 1.0)  # in place: a wide layer's block takes gigabytes
+        return part
 
     def mean(self, a: Selector) -> np.ndarray:
         """Mean row of a, float64 [width of a]."""

@@ -70,3 +70,11 @@ def test_results_are_found_by_equal_requests():
     assert Moments(Ref("x")) not in statistics
     with pytest.raises(OptionError, match="no heldout statistics"):
         statistics.heldout(Gram((Ref("x"),)))
+
+
+def test_an_array_selects_a_part_of_a_tensor():
+    x, y = ROWS[:, :4], ROWS[:, 4:]
+    gram = GramMatrix.from_rows({"x": x, "y": y})
+    part = gram.columns("y")[[3, 0]]
+    np.testing.assert_allclose(gram.block("x", part), x.T @ y[:, [3, 0]] / 40, rtol=1e-13)
+    np.testing.assert_allclose(gram.mean(part), y[:, [3, 0]].mean(0), rtol=1e-13)

@@ -18,7 +18,7 @@ from onnxcollapse.structure.pointwise import (
     is_elementwise,
 )
 from onnxcollapse.structure.refusal import RefusedError, label
-from onnxcollapse.structure.spatial import is_flat_behind, is_spatial
+from onnxcollapse.structure.spatial import Frame, first_size, is_flat_behind, is_spatial
 
 # Ops that hand channels on but mix or move them: a region with one inside is named, not read.
 _MIXES = frozenset({
@@ -62,7 +62,8 @@ def channelwise_behind(consumer: Operator, stop: Mapping[ir.Value, Operator]) ->
     """
     value = consumer.input
     nodes, source = _walk(value, stop)
-    lane, flat = _lanes(consumer, source)
+    frame = _frame(consumer, source)
+    lane, flat = frame.lane, frame.flat
     lanes = {source.output: lane}
     scalars: set[ir.Value] = set()
     hidden = value
@@ -70,7 +71,7 @@ def channelwise_behind(consumer: Operator, stop: Mapping[ir.Value, Operator]) ->
         operands = [x for x in node.inputs if x is not None]
         data = [x for x in operands if x in lanes]
         if data:
-            lanes[node.outputs[0]] = found = _lane_behind(node, data, lanes, scalars, lane, flat)
+            lanes[node.outputs[0]] = found = _lane_behind(node, data, lanes, scalars, frame)
             if found is flat and lanes[data[0]] is lane and lane.channels != flat.channels:
                 hidden = data[0]
         elif all(x in scalars or ((known := folded(x)) is not None and known.size == 1) for x in operands):
@@ -139,7 +140,7 @@ def _join(nodes: Mapping[ir.Node, None]) -> str:
     return "the region joins" if first is None else f"{label(first)} ({first.op_type}) joins"
 
 
-def _lanes(consumer: Operator, source: Operator) -> tuple[Lane, Lane]:
+def _frame(consumer: Operator, source: Operator) -> Frame:
     """How channels lie before and behind a flattening."""
     rank = source.rank
     if rank is None or source.axis % rank != 1:
@@ -150,7 +151,8 @@ def _lanes(consumer: Operator, source: Operator) -> tuple[Lane, Lane]:
             f"channels of {source.name}"
         )
     lane = Lane(source.name, 1, rank, source.out_features)
-    return lane, Lane(source.name, 1, 2, consumer.in_features)
+    flat = Lane(source.name, 1, 2, consumer.in_features)
+    return Frame(lane, flat, first_size(source.input), first_size(consumer.output))
 
 
 def _lane_behind(
@@ -158,13 +160,12 @@ def _lane_behind(
     data: list[ir.Value],
     lanes: Mapping[ir.Value, Lane],
     scalars: set[ir.Value],
-    lane: Lane,
-    flat: Lane,
+    frame: Frame,
 ) -> Lane:
     """How channels lie in a node's output."""
     given = lanes[data[0]]
     if not is_elementwise(node):
-        return flat if is_flat_behind(node, lane, flat, is_flat=given is flat) else lane
+        return frame.flat if is_flat_behind(node, frame, is_flat=given is frame.flat) else frame.lane
     if any(lanes[value] is not given for value in data):
         raise RefusedError(f"{label(node)} ({node.op_type}) joins tensors of different ranks")
     for value in node.inputs:

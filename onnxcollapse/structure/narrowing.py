@@ -32,8 +32,9 @@ def narrow(
 
         y = region(sources(x)) W + b    ->    y = region(sources(x)[keep]) matrix + offset [+ x skip]
 
-    What is cut is copied bit for bit and what is shared stays as it is. The output keeps its name. Without a channel
-    to keep only the skip is left or, where there is none, a silent channel that gives the output its shape.
+    What is cut is copied bit for bit and what is shared stays as it is. The output keeps its name; tensors that lose
+    channels get new ones, so a neighbour whose output is cut here is found under another name. Without a channel to
+    keep only the skip is left or, where there is none, a silent channel that gives the output its shape.
 
     Args:
         model: The model.

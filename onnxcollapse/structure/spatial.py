@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.structure.constants import attribute, constant_array, folded, integers, is_op
@@ -18,6 +19,34 @@ _REDUCTIONS = ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "
 _FIRST_POSITION = 2  # axes 0 and 1 are samples and channels
 
 
+Size = int | str | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How channels lie in the tensors of a region.
+
+    Attributes:
+        lane: Channels, on axis 1, where there are positions.
+        flat: Features, on axis 1 of 2, where none are left.
+        samples: Length of axis 0 in the region: a number, a symbol or unknown.
+        read: Length of axis 0 of what the consumer yields.
+    """
+
+    lane: Lane
+    flat: Lane
+    samples: Size
+    read: Size
+
+
+def first_size(value: ir.Value | None) -> Size:
+    """The declared length of axis 0."""
+    if value is None or not value.shape:
+        return None
+    size = value.shape[0]
+    return size if isinstance(size, int) else size.value
+
+
 def is_spatial(node: ir.Node) -> bool:
     """Whether `node` may keep channels apart; `is_flat_behind` says whether it does."""
     if is_op(node, "Conv"):
@@ -25,13 +54,12 @@ def is_spatial(node: ir.Node) -> bool:
     return is_op(node, *_POOLS, *_CHECKS)
 
 
-def is_flat_behind(node: ir.Node, lane: Lane, flat: Lane, *, is_flat: bool) -> bool:
+def is_flat_behind(node: ir.Node, frame: Frame, *, is_flat: bool) -> bool:
     """Whether the output has only samples and features [N, C * positions] left.
 
     Args:
         node: A node for which `is_spatial` holds.
-        lane: How channels lie in tensors with positions, on axis 1.
-        flat: How features lie where none are left, on axis 1 of 2.
+        frame: How channels lie.
         is_flat: Whether the data operand is flat already.
 
     Raises:
@@ -44,21 +72,21 @@ def is_flat_behind(node: ir.Node, lane: Lane, flat: Lane, *, is_flat: bool) -> b
     if is_flat and not is_op(node, "Flatten", "Reshape"):
         raise _refused(node, "reads features that were flattened before")
     check = _CHECKS.get(node.op_type)
-    return check(node, lane, flat) if check is not None else False
+    return check(node, frame) if check is not None else False
 
 
 def _refused(node: ir.Node, fact: str) -> RefusedError:
     return RefusedError(f"{label(node)} ({node.op_type}) {fact}")
 
 
-def _flatten(node: ir.Node, lane: Lane, flat: Lane) -> bool:
+def _flatten(node: ir.Node, frame: Frame) -> bool:
     axis = attribute(node, "axis", 1)
-    if axis not in (1, 1 - (lane.rank or 0)):
+    if axis not in (1, 1 - (frame.lane.rank or 0)):
         raise _refused(node, f"has axis {axis}, not 1: it mixes samples and channels")
     return True
 
 
-def _reshape(node: ir.Node, lane: Lane, flat: Lane) -> bool:
+def _reshape(node: ir.Node, frame: Frame) -> bool:
     """To [N, features]: how many samples there are must be known to stay as it is."""
     target = constant_array(node.inputs[1])
     if target is None:
@@ -66,49 +94,56 @@ def _reshape(node: ir.Node, lane: Lane, flat: Lane) -> bool:
     if target.size != 2 or (attribute(node, "allowzero", 0) and not target.all()):
         raise _refused(node, f"to {target.tolist()} is no flattening of all but the samples")
     rows, columns = (int(size) for size in target)
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    sizes = () if shape is None else tuple(shape)
-    if columns in (-1, flat.channels):
-        if rows == 0 or (rows > 0 and sizes[:1] == (rows,)):
-            return True
-        positions = [size for size in sizes[1:] if isinstance(size, int)]
-        whole = sizes and len(positions) == len(sizes) - 1 and int(np.prod(positions)) == flat.channels
-        if rows == -1 and whole:
-            return True
-    raise _refused(
-        node, f"to {target.tolist()} may mix samples: its operand has the shape {list(sizes) or 'unknown'}"
-    )
-
-
-def _squeeze(node: ir.Node, lane: Lane, flat: Lane) -> bool:
-    axes = _axes(node, lane)
-    if axes != _positions(lane):
-        raise _refused(node, f"takes out axes {sorted(axes or ())}, not those of the positions")
-    _check_single(node, lane, flat)
+    named = columns in (-1, frame.flat.channels)
+    stays = rows == 0 or (rows > 0 and rows == frame.samples)
+    if not (named and (stays or (rows == -1 and _keeps_samples(node, frame)))):
+        raise _refused(
+            node, f"to {target.tolist()} may mix samples, of which there are {frame.samples or 'any'}"
+        )
     return True
 
 
-def _reduce(node: ir.Node, lane: Lane, flat: Lane) -> bool:
-    axes = _axes(node, lane)
-    if not axes or not axes <= _positions(lane):
+def _keeps_samples(node: ir.Node, frame: Frame) -> bool:
+    """Whether declared shapes prove that a Reshape to [-1, features] leaves as many samples as there were."""
+    made = first_size(node.outputs[0]), frame.read
+    if frame.samples is not None and frame.samples in made:
+        return True
+    data = node.inputs[0]
+    sizes = [] if data is None or data.shape is None else list(data.shape)[1:]
+    known = [size for size in sizes if isinstance(size, int)]
+    return bool(sizes) and len(known) == len(sizes) and math.prod(known) == frame.flat.channels
+
+
+def _squeeze(node: ir.Node, frame: Frame) -> bool:
+    axes = _axes(node, frame)
+    if axes != _positions(frame):
+        raise _refused(node, f"takes out axes {sorted(axes or ())}, not those of the positions")
+    _check_single(node, frame)
+    return True
+
+
+def _reduce(node: ir.Node, frame: Frame) -> bool:
+    axes = _axes(node, frame)
+    if not axes or not axes <= _positions(frame):
         raise _refused(node, f"reduces over axes {sorted(axes or ()) or 'unknown'}, not over positions only")
     if attribute(node, "keepdims", 1):
         return False
-    if axes != _positions(lane):
+    if axes != _positions(frame):
         raise _refused(node, f"takes out axes {sorted(axes)}, not all those of the positions")
-    _check_single(node, lane, flat)
+    _check_single(node, frame)
     return True
 
 
-def _check_single(node: ir.Node, lane: Lane, flat: Lane) -> None:
-    if lane.channels != flat.channels:
+def _check_single(node: ir.Node, frame: Frame) -> None:
+    if frame.lane.channels != frame.flat.channels:
         raise _refused(
-            node, f"leaves {lane.channels} channels, of which {flat.channels} features cannot be read"
+            node,
+            f"leaves {frame.lane.channels} channels, of which {frame.flat.channels} features cannot be read",
         )
 
 
-def _pad(node: ir.Node, lane: Lane, flat: Lane) -> bool:
-    pads, rank = integers(node, 1, "pads"), lane.rank or 0
+def _pad(node: ir.Node, frame: Frame) -> bool:
+    pads, rank = integers(node, 1, "pads"), frame.lane.rank or 0
     if pads is None or any(value is not None and folded(value) is None for value in node.inputs[1:]):
         raise _refused(node, "pads by what is computed at run time")
     axes = integers(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else list(range(rank))
@@ -119,9 +154,9 @@ def _pad(node: ir.Node, lane: Lane, flat: Lane) -> bool:
     return False
 
 
-def _resize(node: ir.Node, lane: Lane, flat: Lane) -> bool:
+def _resize(node: ir.Node, frame: Frame) -> bool:
     """Only positions are scaled, and by factors or along axes that do not name the channels."""
-    rank = lane.rank or 0
+    rank = frame.lane.rank or 0
     axes = attribute(node, "axes", range(rank))
     untouched = all(axis % rank >= _FIRST_POSITION for axis in axes)
     if any(value is not None and folded(value) is None for value in node.inputs[1:]):
@@ -139,29 +174,29 @@ def _resize(node: ir.Node, lane: Lane, flat: Lane) -> bool:
     return False
 
 
-def _depthwise(node: ir.Node, lane: Lane, flat: Lane) -> bool:
+def _depthwise(node: ir.Node, frame: Frame) -> bool:
     groups = depthwise_channels(node)
-    if groups != lane.channels:
-        raise _refused(node, f"has {groups} groups for {lane.channels} channels")
+    if groups != frame.lane.channels:
+        raise _refused(node, f"has {groups} groups for {frame.lane.channels} channels")
     return False
 
 
-def _instance_normalization(node: ir.Node, lane: Lane, flat: Lane) -> bool:
+def _instance_normalization(node: ir.Node, frame: Frame) -> bool:
     if any(folded(value) is None for value in node.inputs[1:3]):
         raise _refused(node, "has scales that are no constants")
     return False
 
 
-def _axes(node: ir.Node, lane: Lane) -> set[int] | None:
-    axes, rank = integers(node, 1), lane.rank or 1
+def _axes(node: ir.Node, frame: Frame) -> set[int] | None:
+    axes, rank = integers(node, 1), frame.lane.rank or 1
     return None if axes is None else {axis % rank for axis in axes}
 
 
-def _positions(lane: Lane) -> set[int]:
-    return set(range(_FIRST_POSITION, lane.rank or 0))
+def _positions(frame: Frame) -> set[int]:
+    return set(range(_FIRST_POSITION, frame.lane.rank or 0))
 
 
-_CHECKS: dict[str, Callable[[ir.Node, Lane, Lane], bool]] = {
+_CHECKS: dict[str, Callable[[ir.Node, Frame], bool]] = {
     "Conv": _depthwise,
     "Flatten": _flatten,
     "InstanceNormalization": _instance_normalization,

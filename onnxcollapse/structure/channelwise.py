@@ -145,11 +145,6 @@ def _frame(consumer: Operator, source: Operator) -> Frame:
     rank = source.rank
     if rank is None or source.axis % rank != 1:
         raise RefusedError(f"{source.name} has its channels on axis {source.axis}, not 1")
-    if consumer.in_features % source.out_features:
-        raise RefusedError(
-            f"{consumer.name} reads {consumer.in_features} features, no multiple of the {source.out_features} "
-            f"channels of {source.name}"
-        )
     lane = Lane(source.name, 1, rank, source.out_features)
     flat = Lane(source.name, 1, 2, consumer.in_features)
     return Frame(lane, flat, first_size(source.input), first_size(consumer.output))
@@ -187,4 +182,9 @@ def _check_consumer(consumer: Operator, source: Operator, given: Lane, flat: Lan
     if given.channels != consumer.in_features:
         raise RefusedError(
             f"{source.name} has {given.channels} channels, {consumer.name} reads {consumer.in_features}"
+        )
+    if consumer.in_features % source.out_features:
+        raise RefusedError(
+            f"{consumer.name} reads {consumer.in_features} features, no multiple of the {source.out_features} "
+            f"channels of {source.name}"
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxcollapse.structure.channels import rank
 from onnxcollapse.structure.constants import folded, is_op, is_overridable
 from onnxcollapse.structure.convolution import Convolution, Operator
 from onnxcollapse.structure.pointwise import (
@@ -23,7 +24,7 @@ from onnxcollapse.structure.spatial import Frame, first_size, is_flat_behind, is
 # Ops that hand channels on but mix or move them: a region with one inside is named, not read.
 _MIXES = frozenset({
     "Concat", "Conv", "ConvTranspose", "DepthToSpace", "Expand", "Gather", "GroupNormalization", "LRN",
-    "LayerNormalization", "Slice", "SpaceToDepth", "Split", "Tile", "Transpose", "Unsqueeze",
+    "Slice", "SpaceToDepth", "Split", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
 
 
@@ -60,7 +61,9 @@ def channelwise_behind(consumer: Operator, stop: Mapping[ir.Value, Operator]) ->
         RefusedError: There is no such region; a candidate if a Conv's output runs into the consumer through nodes
             that mix or join channels.
     """
-    value = consumer.input
+    value, dims = consumer.input, rank(consumer.input)
+    if not is_convolutional(consumer) and dims is not None and consumer.axis % dims != 1:
+        raise RefusedError(f"{consumer.name} does not read axis 1", candidate=False)  # tokens, say
     nodes, source = _walk(value, stop)
     frame = _frame(consumer, source)
     lane, flat = frame.lane, frame.flat
@@ -142,10 +145,9 @@ def _join(nodes: Mapping[ir.Node, None]) -> str:
 
 def _frame(consumer: Operator, source: Operator) -> Frame:
     """How channels lie before and behind a flattening."""
-    rank = source.rank
-    if rank is None or source.axis % rank != 1:
+    if source.rank is None or source.axis % source.rank != 1:
         raise RefusedError(f"{source.name} has its channels on axis {source.axis}, not 1")
-    lane = Lane(source.name, 1, rank, source.out_features)
+    lane = Lane(source.name, 1, source.rank, source.out_features)
     flat = Lane(source.name, 1, 2, consumer.in_features)
     return Frame(lane, flat, first_size(source.input), first_size(consumer.output))
 
@@ -172,12 +174,12 @@ def _lane_behind(
 
 def _check_consumer(consumer: Operator, source: Operator, given: Lane, flat: Lane) -> None:
     conv = is_convolutional(consumer)
-    rank = given.rank or 0
+    dims = given.rank or 0
     if given is flat and conv:
         raise RefusedError(f"{consumer.name} is a Conv that reads what was flattened")
-    if (conv and consumer.rank != rank) or consumer.axis % rank != 1 or -consumer.axis > rank:
+    if (conv and consumer.rank != dims) or consumer.axis % dims != 1 or -consumer.axis > dims:
         raise RefusedError(
-            f"{source.name} has its channels on axis 1 of {rank}, {consumer.name} reads axis {consumer.axis}"
+            f"{source.name} has its channels on axis 1 of {dims}, {consumer.name} reads axis {consumer.axis}"
         )
     if given.channels != consumer.in_features:
         raise RefusedError(

@@ -168,9 +168,9 @@ def inner_bodies(graph: ir.Graph, functions: Iterable[ir.Function]) -> Iterator[
         yield from _bodies(function.graph)
 
 
-def search(graph: ir.Graph) -> list[FeedForward | Refusal]:
-    """The sites and refusals of `graph` itself, in graph order."""
-    read = [linear_at(node) for node in graph]
+def search(graph: ir.Graph, read: Iterable[Linear | Refusal] | None = None) -> list[FeedForward | Refusal]:
+    """The sites and refusals of `graph` itself, in graph order; `read` is what `linear_at` says of its nodes."""
+    read = [linear_at(node) for node in graph] if read is None else list(read)
     stop = {linear.output: linear for linear in read if isinstance(linear, Linear)}
     found: list[FeedForward | Refusal] = []
     for item in read:

@@ -209,9 +209,10 @@ def hidden_layers(
 
 
 def _search(graph: ir.Graph) -> list[HiddenLayer | Refusal]:
-    blocks = {item.name: item for item in feedforward.search(graph)}
-    place = {node: index for index, node in enumerate(graph)}
     read = [operator_at(node) for node in graph]
+    linears = [item for item in read if not isinstance(item, Convolution)]
+    blocks = {item.name: item for item in feedforward.search(graph, linears)}
+    place = {node: index for index, node in enumerate(graph)}
     stop = {item.output: item for item in read if not isinstance(item, Refusal)}
     found: list[HiddenLayer | Refusal] = []
     for item in read:

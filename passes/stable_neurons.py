@@ -26,9 +26,9 @@ from scipy import linalg
 
 from onnxcollapse.calibration.statistics import Statistics
 from onnxcollapse.errors import OptionError
-from onnxcollapse.model import Model, edit, provenance
+from onnxcollapse.model import Model, provenance
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
-from onnxcollapse.structure import FeedForward, Linear, build_linear, feedforwards, prelu_slope, ranges
+from onnxcollapse.structure import FeedForward, HiddenLayer, Linear, feedforwards, narrow, prelu_slope, ranges
 
 DEPENDENT = 1e-6
 """Relative size of a pivot below which a column is a combination of those before it: float32 weights hold no more."""
@@ -122,7 +122,9 @@ class StableNeurons(Pass):
 
     def rewrite(self, model: Model, site: Stable, proposal: Proposal) -> None:
         """Builds the smaller block and records the box it holds in."""
-        _write(model, site.block, proposal.payload)
+        plan: Plan = proposal.payload
+        skip = None if plan.skip is None else (plan.skip,)
+        narrow(model, HiddenLayer.of(site.block), plan.keep, plan.down, plan.offset, skip)
         if self.input_range:
             provenance.record(model, "input-range", self.input_range)
 
@@ -226,41 +228,3 @@ def _basis(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rank = int(np.sum(pivots > DEPENDENT * pivots[0])) if pivots[0] > 0 else 0
     combination = linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank:])
     return order[:rank], order[rank:], combination
-
-
-def _write(model: Model, block: FeedForward, plan: Plan) -> None:
-    graph, anchor = model.graph, block.down.nodes[-1]
-    if plan.skip is not None and not len(plan.keep):
-        offset = _bias(block.down, plan.offset)
-        value = build_linear(graph, anchor, block.down, block.input, plan.skip, offset)
-        edit.substitute(model, block.output, value)
-        return
-    if not len(plan.keep):  # every neuron is dead: one stays, silent, to keep the shape of the output
-        plan = Plan(np.zeros(1, np.intp), np.zeros((1, block.d_out)), plan.offset, None)
-    matrix, offset = block.up.matrix()[:, plan.keep], _bias(block.up, block.up.offset()[plan.keep])
-    up = build_linear(graph, anchor, block.up, block.input, matrix, offset)
-    hidden = _activate(model, block, anchor, up, plan.keep)
-    value = build_linear(graph, anchor, block.down, hidden, plan.down, _bias(block.down, plan.offset))
-    if plan.skip is not None:
-        beside = build_linear(graph, anchor, block.down, block.input, plan.skip, None)
-        total = ir.Node("", "Add", [value, beside], outputs=[edit.like(block.output)])
-        edit.insert_before(graph, anchor, [total])
-        value = total.outputs[0]
-    edit.substitute(model, block.output, value)
-
-
-def _activate(model: Model, block: FeedForward, anchor: ir.Node, up: ir.Value, keep: np.ndarray) -> ir.Value:
-    """Repeats the block's activation on fewer neurons, a per-channel slope cut with them."""
-    node = block.region[0]
-    operands: list[ir.Value | None] = [up, *node.inputs[1:]]
-    slope = _slope(block)
-    if node.op_type == "PRelu" and slope.ndim:
-        shape = [1] * -(block.up.axis if block.up.axis < 0 else block.up.axis - (block.up.rank or 4))
-        shape[0] = len(keep)
-        operands[1] = edit.add_initializer(
-            model.graph, f"{up.name}_slope", slope[keep].reshape(shape), block.up.dtype
-        )
-    attributes, output = list(node.attributes.values()), edit.like(up)
-    made = ir.Node(node.domain, node.op_type, operands, attributes, outputs=[output])
-    edit.insert_before(model.graph, anchor, [made])
-    return made.outputs[0]

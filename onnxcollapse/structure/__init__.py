@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from onnxcollapse.structure.affine import Affine, affine_of, keeps_layout
 from onnxcollapse.structure.blocks import Block, blocks, layers
-from onnxcollapse.structure.building import build_linear
+from onnxcollapse.structure.building import build_convolution, build_linear
 from onnxcollapse.structure.constants import (
     Folded,
     constant,
@@ -15,8 +15,11 @@ from onnxcollapse.structure.constants import (
     is_shared,
     readers,
 )
+from onnxcollapse.structure.convolution import Convolution, Window, convolution_at
 from onnxcollapse.structure.feedforward import FeedForward, feedforwards
+from onnxcollapse.structure.hidden import HiddenLayer, hidden_layers
 from onnxcollapse.structure.linear import Linear, linear_at, linears
+from onnxcollapse.structure.narrowing import narrow
 from onnxcollapse.structure.pointwise import ELEMENTWISE, Region, is_elementwise, region_behind
 from onnxcollapse.structure.prelu import prelu_slope
 from onnxcollapse.structure.ranges import Ranges, ranges
@@ -27,19 +30,25 @@ __all__ = [
     "ELEMENTWISE",
     "Affine",
     "Block",
+    "Convolution",
     "FeedForward",
     "Folded",
+    "HiddenLayer",
     "Linear",
     "Ranges",
     "Refusal",
     "Region",
+    "Window",
     "affine_of",
     "blocks",
+    "build_convolution",
     "build_linear",
     "constant",
     "constant_array",
+    "convolution_at",
     "feedforwards",
     "folded",
+    "hidden_layers",
     "is_elementwise",
     "is_overridable",
     "is_shared",
@@ -48,6 +57,7 @@ __all__ = [
     "linear_at",
     "linears",
     "main_output",
+    "narrow",
     "prelu_slope",
     "ranges",
     "readers",

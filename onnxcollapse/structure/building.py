@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import edit
 from onnxcollapse.structure.constants import Array
+from onnxcollapse.structure.convolution import Convolution
 from onnxcollapse.structure.linear import Linear
 
 
@@ -52,6 +55,44 @@ def build_linear(
     return nodes[-1].outputs[0]
 
 
+def build_convolution(
+    graph: ir.Graph, anchor: ir.Node, like: Convolution, x: ir.Value, matrix: Array, offset: Array | None
+) -> ir.Value:
+    """Insert a `Conv` of x before `anchor` with the kernel, strides, pads and dilations of `like`.
+
+    Args:
+        graph: The graph that `anchor` is in.
+        anchor: The node before which the new one goes.
+        like: Decides attributes and element type.
+        x: The data operand [N, in, ...].
+        matrix: W [in * taps, out], rows channel-major as in `Convolution.matrix`.
+        offset: b [out], or None for no bias.
+
+    Returns:
+        The new output; its element type and shape are `like`'s but for the channels.
+
+    Raises:
+        ModelError: Shapes do not fit, or a weight overflows the element type.
+    """
+    kernel = like.kernel
+    taps = math.prod(kernel)
+    _check_matrix(like.name, matrix, offset)
+    if matrix.shape[0] % taps:
+        raise ModelError(f"{like.name}: {matrix.shape[0]} rows are no multiple of the kernel's {taps} taps")
+    stored = matrix.T.reshape(matrix.shape[1], -1, *kernel)
+    operands = [x, edit.add_initializer(graph, f"{like.name}_weight", stored, like.dtype)]
+    if offset is not None:
+        operands.append(edit.add_initializer(graph, f"{like.name}_bias", offset, like.dtype))
+    output = edit.like(like.output)
+    output.name, output.type = like.name, ir.TensorType(like.dtype)
+    if output.shape is not None:
+        output.shape[1] = matrix.shape[1]
+    attributes = list(like.node.attributes.values())
+    node = ir.Node("", "Conv", operands, attributes, outputs=[output], name=f"{like.name}_Conv")
+    edit.insert_before(graph, anchor, node)
+    return output
+
+
 def _matmul(
     graph: ir.Graph, like: Linear, x: ir.Value, matrix: Array, offset: Array | None, hint: str
 ) -> list[ir.Node]:
@@ -89,12 +130,16 @@ def _attributes(like: Linear) -> list[ir.Attr]:
 
 
 def _check(like: Linear, x: ir.Value, matrix: Array, offset: Array | None) -> None:
-    if matrix.ndim != 2:
-        raise ModelError(f"{like.name}: a Linear needs a matrix [in, out], not one of shape {matrix.shape}")
-    if offset is not None and offset.shape != (matrix.shape[1],):
-        raise ModelError(f"{like.name}: offset has shape {offset.shape}, the matrix {matrix.shape}")
+    _check_matrix(like.name, matrix, offset)
     size = None if x.shape is None else x.shape[like.axis]
     if isinstance(size, int) and size != matrix.shape[0]:
         raise ModelError(
             f"{like.name}: {x.name} has {size} channels, the matrix {matrix.shape} reads {matrix.shape[0]}"
         )
+
+
+def _check_matrix(name: str, matrix: Array, offset: Array | None) -> None:
+    if matrix.ndim != 2:
+        raise ModelError(f"{name}: a Linear needs a matrix [in, out], not one of shape {matrix.shape}")
+    if offset is not None and offset.shape != (matrix.shape[1],):
+        raise ModelError(f"{name}: offset has shape {offset.shape}, the matrix {matrix.shape}")

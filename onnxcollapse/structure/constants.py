@@ -57,6 +57,13 @@ class Folded:
             weights.release(self.tensor)
         return copy
 
+    def take(self, indices: Array, axis: int) -> Array:
+        """A copy of some entries along `axis`, bit for bit; the mapping that they were read through is dropped."""
+        copy = np.take(self.load(), indices, axis)
+        if self.tensor is not None:
+            weights.release(self.tensor)
+        return copy
+
     def derived(
         self, shape: tuple[int, ...], load: Callable[[], Array], dtype: ir.DataType | None = None
     ) -> Folded:
@@ -175,7 +182,7 @@ def _constant_node(node: ir.Node) -> ir.TensorProtocol | None:
     return None
 
 
-def _integers(node: ir.Node, index: int, name: str = "axes") -> list[int] | None:
+def integers(node: ir.Node, index: int, name: str = "axes") -> list[int] | None:
     """A small list of integers given as attribute `name` (older opsets) or as constant input `index`."""
     given = attribute(node, name)
     if given is not None:
@@ -213,7 +220,7 @@ def _fold_transpose(node: ir.Node) -> Folded | None:
 
 def _fold_reshape(node: ir.Node) -> Folded | None:
     inner = folded(node.inputs[0])
-    target = _integers(node, 1, "shape")
+    target = integers(node, 1, "shape")
     if inner is None or target is None:
         return None
     if not attribute(node, "allowzero", 0):
@@ -241,7 +248,7 @@ def _fold_squeeze(node: ir.Node) -> Folded | None:
     if inner is None:
         return None
     rank = len(inner.shape)
-    axes = _integers(node, 1)
+    axes = integers(node, 1)
     if axes is None and len(node.inputs) > 1 and node.inputs[1] is not None:
         return None
     drop = (
@@ -254,7 +261,7 @@ def _fold_squeeze(node: ir.Node) -> Folded | None:
 
 def _fold_unsqueeze(node: ir.Node) -> Folded | None:
     inner = folded(node.inputs[0])
-    axes = _integers(node, 1)
+    axes = integers(node, 1)
     if inner is None or axes is None:
         return None
     rank = len(inner.shape) + len(axes)
@@ -265,7 +272,7 @@ def _fold_unsqueeze(node: ir.Node) -> Folded | None:
 
 def _fold_expand(node: ir.Node) -> Folded | None:
     inner = folded(node.inputs[0])
-    target = _integers(node, 1, "shape")
+    target = integers(node, 1, "shape")
     if inner is None or target is None:
         return None
     try:

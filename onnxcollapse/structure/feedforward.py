@@ -10,7 +10,7 @@ r"""FeedForward sites: Linear -> pointwise region -> Linear, plain or gated, fou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -150,22 +150,27 @@ def feedforwards(
     Returns:
         Sites, and refusals: quantised or fused Linears, hidden tensors used elsewhere, constants that mix rows.
     """
-    found = _search(graph)
+    found = search(graph)
     sites = [item for item in found if isinstance(item, FeedForward)]
     refusals = [item for item in found if isinstance(item, Refusal)]
-    for body, where in _bodies(graph):
-        refusals += _refused_all(body, where)
-    for function in functions:
-        for body, where in [
-            (function.graph, f"the model-local function {function.name}"),
-            *_bodies(function.graph),
-        ]:
-            refusals += _refused_all(body, where)
+    for body, where in inner_bodies(graph, functions):
+        for site in search(body):
+            if isinstance(site, FeedForward):
+                refusals.append(Refusal(site.name, f"inside {where}"))
     return sites, refusals
 
 
-def _search(graph: ir.Graph) -> list[FeedForward | Refusal]:
-    read = [linear_at(node) for node in graph]
+def inner_bodies(graph: ir.Graph, functions: Iterable[ir.Function]) -> Iterator[tuple[ir.Graph, str]]:
+    """The bodies below `graph` and of `functions`, where sites are refused, with words for where they are."""
+    yield from _bodies(graph)
+    for function in functions:
+        yield function.graph, f"the model-local function {function.name}"
+        yield from _bodies(function.graph)
+
+
+def search(graph: ir.Graph, read: Iterable[Linear | Refusal] | None = None) -> list[FeedForward | Refusal]:
+    """The sites and refusals of `graph` itself, in graph order; `read` is what `linear_at` says of its nodes."""
+    read = [linear_at(node) for node in graph] if read is None else list(read)
     stop = {linear.output: linear for linear in read if isinstance(linear, Linear)}
     found: list[FeedForward | Refusal] = []
     for item in read:
@@ -226,9 +231,13 @@ def _same_axis(up: Linear, down: Linear) -> bool:
 
 def _check_private(site: FeedForward) -> None:
     """Refuse sites whose inner tensors are seen from outside."""
-    inside = frozenset(site.nodes)
     inner = [linear.output for linear in site.linears[:-1]]
     inner += [value for node in site.region for value in node.outputs]
+    check_private(inner, frozenset(site.nodes))
+
+
+def check_private(inner: Iterable[ir.Value], inside: Collection[ir.Node]) -> None:
+    """Refuse inner tensors that are outputs or that nodes other than those `inside` read."""
     for value in inner:
         if value.is_graph_output():
             raise RefusedError(f"hidden tensor {value.name} is a graph output")
@@ -245,7 +254,3 @@ def _bodies(graph: ir.Graph) -> Iterator[tuple[ir.Graph, str]]:
         for body in walk.subgraphs(node):
             yield body, f"an If branch of {label(node)}" if node.op_type == "If" else f"a {node.op_type} body"
             yield from _bodies(body)
-
-
-def _refused_all(body: ir.Graph, where: str) -> list[Refusal]:
-    return [Refusal(site.name, f"inside {where}") for site in _search(body) if isinstance(site, FeedForward)]

@@ -186,24 +186,23 @@ def _finish(
         axis,
         known.dtype,
     )
-    add = None if bias is not None else _bias_add(bare)
+    add = bias_add(bare.output, node, axis, bare.rank, bare.out_features) if bias is None else None
     if add is None:
         return bare
     added = add.inputs[1] if add.inputs[0] is bare.output else add.inputs[0]
     return replace(bare, bias_node=add, output=add.outputs[0], bias=added)
 
 
-def _bias_add(linear: Linear) -> ir.Node | None:
-    """The `Add` of a per-channel constant that alone reads the raw output, if there is one."""
-    raw = linear.output
+def bias_add(raw: ir.Value, node: ir.Node, axis: int, rank: int | None, channels: int) -> ir.Node | None:
+    """The `Add` of a per-channel constant that alone reads `node`'s raw output, if there is one."""
     uses = raw.uses()
     add = next(iter(uses)).node if len(uses) == 1 and not raw.is_graph_output() else None
-    if add is None or not is_op(add, "Add") or add.graph is not linear.node.graph:
+    if add is None or not is_op(add, "Add") or add.graph is not node.graph:
         return None
     known = folded(add.inputs[1] if add.inputs[0] is raw else add.inputs[0])
     if known is None or known.dtype not in FLOATING:
         return None
-    return add if lies_along(known.shape, linear.axis, linear.rank, linear.out_features) else None
+    return add if lies_along(known.shape, axis, rank, channels) else None
 
 
 def _factor(linear: Linear, name: str) -> float:

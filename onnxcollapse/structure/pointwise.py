@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -38,6 +38,23 @@ def is_elementwise(node: ir.Node) -> bool:
     if node.domain == "com.microsoft":
         return node.op_type in CONTRIB_ELEMENTWISE
     return is_op(node, node.op_type) and node.op_type in ELEMENTWISE
+
+
+@dataclass(frozen=True)
+class Lane:
+    """How channels lie in the tensors of a region.
+
+    Attributes:
+        name: What makes them, for messages.
+        axis: Their axis.
+        rank: The tensors' rank, None if unknown.
+        channels: How many there are.
+    """
+
+    name: str
+    axis: int
+    rank: int | None
+    channels: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +119,11 @@ def region_behind(value: ir.Value, stop: Mapping[ir.Value, Linear]) -> Region | 
     try:
         nodes, sources, constants = _walk(value, stop)
         _check_axes(sources)
-        arrays = {v: _channel_constant(v, node, sources[0]) for v, node in constants.items()}
+        first = sources[0]
+        lane = Lane(first.name, first.axis, first.rank, first.out_features)
+        arrays = {v: channel_constant(v, node, lane) for v, node in constants.items()}
         for node in nodes:
-            _check_node(node, sources[0])
+            check_mode(node, lane)
         return Region(nodes, sources, value, arrays)
     except RefusedError as refused:
         return Refusal(name, refused.reason, refused.candidate)
@@ -139,7 +158,7 @@ def _walk(value: ir.Value, stop: Mapping[ir.Value, Linear]) -> _Walked:
             stack += [(operand, node) for operand in node.inputs if operand is not None]
     if objections and sources:
         raise RefusedError(objections[0])
-    return _sorted(value, nodes, sources), _in_order(sources), constants
+    return in_dependency_order(value, nodes, sources), _in_order(sources), constants
 
 
 def _in_order(sources: Mapping[ir.Value, Linear]) -> tuple[Linear, ...]:
@@ -156,8 +175,10 @@ def _in_order(sources: Mapping[ir.Value, Linear]) -> tuple[Linear, ...]:
     return tuple(sorted(linears, key=lambda linear: linear.node is not first))
 
 
-def _sorted(value: ir.Value, nodes: set[ir.Node], sources: Mapping[ir.Value, Linear]) -> tuple[ir.Node, ...]:
-    """`nodes` so that each comes after those it reads."""
+def in_dependency_order(
+    value: ir.Value, nodes: Collection[ir.Node], sources: Container[ir.Value]
+) -> tuple[ir.Node, ...]:
+    """`nodes`, which compute `value` from `sources`, so that each comes after those it reads."""
     done: dict[ir.Node, None] = {}
     stack = [(value.producer(), False)] if value not in sources else []
     while stack:
@@ -183,27 +204,27 @@ def _check_axes(sources: tuple[Linear, ...]) -> None:
             )
 
 
-def _channel_constant(value: ir.Value, node: ir.Node, source: Linear) -> Array:
+def channel_constant(value: ir.Value, node: ir.Node, lane: Lane) -> Array:
     """The constant operand per channel; refused if it differs between rows or its place is unknown."""
     known = folded(value)
     if known is None:
         raise RefusedError(f"{value.name} is no constant")
     if node.op_type == "BatchNormalization":
-        return as_channels(known.load())  # checked by _check_node: these lie along axis 1, not right-aligned
-    if not lies_along(known.shape, source.axis, source.rank, source.out_features):
+        return as_channels(known.load())  # checked by check_mode: these lie along axis 1, not right-aligned
+    if not lies_along(known.shape, lane.axis, lane.rank, lane.channels):
         what = f"constant {value.name} of shape {known.shape} at {label(node)}"
-        if source.rank is None and len(known.shape) > 1:
+        if lane.rank is None and len(known.shape) > 1:
             raise RefusedError(
-                f"the rank of {source.name} is unknown, so {what} cannot be placed; infer shapes first"
+                f"the rank of {lane.name} is unknown, so {what} cannot be placed; infer shapes first"
             )
-        raise RefusedError(f"{what} does not lie along the {source.out_features} channels: it would mix rows")
+        raise RefusedError(f"{what} does not lie along the {lane.channels} channels: it would mix rows")
     return as_channels(known.load())
 
 
-def _check_node(node: ir.Node, source: Linear) -> None:
+def check_mode(node: ir.Node, lane: Lane) -> None:
     """Refuse nodes that are elementwise only in other modes."""
     if node.op_type == "BatchNormalization":
-        _check_batch_normalization(node, source)
+        _check_batch_normalization(node, lane)
     if node.op_type == "Dropout" and not is_inference(node):
         raise RefusedError(f"{label(node)}: Dropout may run in training mode, or its mask is used")
     if node.op_type == "Cast":
@@ -214,20 +235,20 @@ def _check_node(node: ir.Node, source: Linear) -> None:
         raise RefusedError(f"{label(node)} has an attribute set by the function's caller")
 
 
-def _check_batch_normalization(node: ir.Node, source: Linear) -> None:
+def _check_batch_normalization(node: ir.Node, lane: Lane) -> None:
     if batch_normalization(node) is None:
         raise RefusedError(
             f"{label(node)}: BatchNormalization is not at inference or its values are no constants"
         )
-    rank = source.rank
-    if source.axis != 1 and (rank is None or source.axis + rank != 1):
+    rank = lane.rank
+    if lane.axis != 1 and (rank is None or lane.axis + rank != 1):
         raise RefusedError(
-            f"{label(node)}: BatchNormalization acts on axis 1, not on the channels (axis {source.axis})"
+            f"{label(node)}: BatchNormalization acts on axis 1, not on the channels (axis {lane.axis})"
         )
     sizes = {
         known.size for value in node.inputs[1:5] if (known := folded(through_identity(value))) is not None
     }
-    if sizes != {source.out_features}:
+    if sizes != {lane.channels}:
         raise RefusedError(
-            f"{label(node)}: BatchNormalization has {sorted(sizes)} channels, not {source.out_features}"
+            f"{label(node)}: BatchNormalization has {sorted(sizes)} channels, not {lane.channels}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import NoReturn
 
 import numpy as np
@@ -316,7 +317,10 @@ def _refuse(ref: Ref, model: Model) -> NoReturn:
 
 def _sum_bytes(request: Request, known: Mapping[tuple[str, int], int]) -> int:
     """About what the sums of a request take while they are gathered and read: fp32 and fp64 halves, a whole result."""
-    widths = [known.get((ref.value, ref.axis), 0) for ref in request.refs]
+    widths = [
+        known.get((ref.value, ref.axis), 0) * (prod(ref.patches.window.kernel_shape) if ref.patches else 1)
+        for ref in request.refs
+    ]
     if isinstance(request, Gram):
         return 32 * sum(widths) ** 2
     return 32 * widths[0] * widths[-1] if isinstance(request, Cross) else 0

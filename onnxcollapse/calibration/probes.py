@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.calibration.sessions import State, main_values
-from onnxcollapse.calibration.statistics import Cross, Gram, Moments, Ref, Request
+from onnxcollapse.calibration.statistics import Cross, Gram, Moments, Patches, Ref, Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import edit
 from onnxcollapse.model.model import Model
@@ -153,6 +153,8 @@ class ProbeSet:
         """The centred rows in SLICES pieces of columns, so that half of a wide tensor's own square is not computed."""
         value = self._values.get(ref.value)
         width = value.shape[ref.axis] if value is not None and value.shape is not None else None
+        if ref.patches is not None and isinstance(width, int):
+            width *= int(np.prod(ref.patches.window.kernel_shape))
         rows = self._centred(ref)
         if self._opset < 10 or (isinstance(width, int) and width < WIDE):
             return [rows]
@@ -201,7 +203,49 @@ class ProbeSet:
 
     def _rows(self, ref: Ref) -> ir.Value:
         """The tensor as float32 rows [n, C]."""
-        return self._once(("rows", ref), lambda: self._flatten(self._to_float(self._find(ref)), ref))
+
+        def build() -> ir.Value:
+            value = self._to_float(self._find(ref))
+            if ref.patches is not None:
+                value = self._patches(value, ref.patches)
+            rows = self._flatten(value, ref)
+            return (
+                rows if ref.positions is None or self._opset < 10 else self._some(rows, value, ref.positions)
+            )
+
+        return self._once(("rows", ref), build)
+
+    def _patches(self, value: ir.Value, patches: Patches) -> ir.Value:
+        """[N, C, ...] -> [N, C * taps, ...]: a Conv whose filters each pick one tap of one channel."""
+        window, taps = patches.window, int(np.prod(patches.window.kernel_shape))
+        filters = np.tile(np.eye(taps, dtype=np.float32), (patches.channels, 1))
+        shape = (patches.channels * taps, 1, *window.kernel_shape)
+        weight = edit.add_initializer(
+            self._graph, f"{PREFIX}_taps", filters.reshape(shape), ir.DataType.FLOAT
+        )
+        picked = self._op(
+            "Conv",
+            [value, weight],
+            group=patches.channels,
+            kernel_shape=list(window.kernel_shape),
+            strides=list(window.strides),
+            pads=list(window.pads),
+            dilations=list(window.dilations),
+        )
+        picked.shape = ir.Shape([None] * (2 + len(window.kernel_shape)))
+        return picked
+
+    def _some(self, rows: ir.Value, value: ir.Value, positions: int) -> ir.Value:
+        """Every so many rows; an odd step, which does not stay in one column of an image of even width."""
+        zero = self._constant([0], INT64)
+        count, samples = (
+            self._op("Gather", [self._op("Shape", [tensor]), zero], axis=0) for tensor in (rows, value)
+        )
+        each = self._op("Div", [count, samples])
+        half = self._op("Div", [each, self._constant([2 * positions], INT64)])
+        step = self._op("Add", [self._op("Add", [half, half]), self._constant([1], INT64)])
+        end = self._constant([int(np.iinfo(np.int64).max)], INT64)
+        return self._op("Slice", [rows, zero, end, zero, step])
 
     def _kept(self, ref: Ref) -> ir.Value:
         """Rows with the padding, which may hold NaN, set to 0."""
@@ -299,7 +343,7 @@ class ProbeSet:
 
     def _flatten(self, value: ir.Value, ref: Ref) -> ir.Value:
         """Moves the channel axis last and merges the others: [..., C] -> [n, C]."""
-        shape = self._find(ref).shape
+        shape = value.shape if ref.patches is not None else self._find(ref).shape
         if shape is None:
             return self._flatten_unranked(value, ref)
         rank = len(shape)

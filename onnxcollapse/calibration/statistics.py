@@ -10,8 +10,22 @@ from typing import Literal, overload
 import numpy as np
 
 from onnxcollapse.errors import OptionError
+from onnxcollapse.structure.convolution import Window
 
 Part = Literal["fit", "heldout"]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Says that a tensor is read as a convolution reads it: a row holds the patch of one position.
+
+    Attributes:
+        window: Where the patches lie; their columns are channel-major, as in a Conv's weight.
+        channels: Channels of the tensor.
+    """
+
+    window: Window
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,15 @@ class Ref:
         source: "model" for the model the statistics are collected on, "reference" for the one beside it. A
             tensor that the reference does not have, or without a reference, is read from the model.
         axis: The channel axis; -1 for MatMul-like tensors, 1 for Conv's.
+        patches: Set where the rows are patches of the tensor.
+        positions: About how many rows of each sample to take, evenly spaced; None for all.
     """
 
     value: str
     source: Literal["model", "reference"] = "model"
     axis: int = -1
+    patches: Patches | None = None
+    positions: int | None = None
 
 
 @dataclass(frozen=True)

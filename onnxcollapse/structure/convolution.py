@@ -15,7 +15,7 @@ from onnxcollapse.structure.operands import check_bias, check_frame, operand, we
 from onnxcollapse.structure.refusal import Refusal, RefusedError, label
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Window:
     """Which positions a `Conv` reads for each that it writes, by spatial axis.
 

@@ -7,8 +7,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcollapse.calibration import Cosine, Cross, Gram, Ref, collect, collector, open_data
+from onnxcollapse.calibration import Cosine, Cross, Gram, Patches, Ref, collect, collector, open_data
 from onnxcollapse.calibration.sessions import State, adopt
+from onnxcollapse.structure import Window
 
 rng = np.random.default_rng(7)
 X = rng.standard_normal((100, 20)).astype(np.float32) + 3
@@ -102,3 +103,30 @@ def adopt_with_sum(model):
     scratch.graph.append(node)
     scratch.graph.outputs.append(node.outputs[0])
     return adopt(scratch, "cpu", {"sum": State("sum_next", np.zeros((1, 1), np.float32))})
+
+
+@pytest.mark.parametrize("positions", [None, 8])
+def test_patches_are_what_a_convolution_reads(build, positions):
+    """The Conv's own output is the patches times its weight, so their joint sums are singular by exactly that."""
+    weight = rng.standard_normal((4, 3, 3, 2)).astype(np.float32)
+    model = build(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,3,H,W] x) => (float[N,4,P,Q] y) {
+            a = Relu(x)
+            y = Conv<kernel_shape = [3, 2], strides = [2, 1], pads = [1, 0, 1, 1], dilations = [1, 2]>(a, w)
+        }""",
+        w=weight,
+    )
+    window = Window((3, 2), (2, 1), (1, 0, 1, 1), (1, 2))
+    patches = Ref("a", axis=1, patches=Patches(window, 3), positions=positions)
+    output = Ref("y", axis=1, positions=positions)
+    x = rng.standard_normal((40, 3, 9, 8)).astype(np.float32)
+    gram = Gram((patches,), (output,))
+    got = collect(model, [gram], open_data({"x": x}, model), provider="cpu").fit(gram)
+    assert got.widths == (18, 4)
+    each = 5 * 7
+    step = 1 if positions is None else 2 * (each // (2 * positions)) + 1
+    assert got.count == 30 * each if step == 1 else abs(got.count - 30 * each / step) < 30
+    matrix = weight.reshape(4, -1).T.astype(np.float64)
+    np.testing.assert_allclose(got.block(1, 2), got.block(1, 1) @ matrix, atol=2e-4)
+    np.testing.assert_allclose(got.block(2, 2), matrix.T @ got.block(1, 1) @ matrix, rtol=2e-4, atol=2e-4)

@@ -19,14 +19,14 @@ _APPROXIMATE = (1e-5, 1e-6)  # relative and absolute error that runtimes' exp, t
 
 
 def _rounded(function: Callable[..., Interval]) -> Rule:
-    """A rule for a correctly rounded op of one or more operands."""
+    """A rule for a correctly rounded op of one or more operands, which rounds after each: partial sums may cancel."""
 
     def rule(node: ir.Node, bounds: Bounds) -> Interval:
         operands = [bounds(i) for i in range(len(node.inputs))]
         total = operands[0] if len(operands) > 1 else function(operands[0])
         for operand in operands[1:]:
-            total = function(total, operand)
-        return total.rounded(computed_in(node))
+            total = function(total, operand).rounded(computed_in(node))
+        return total if len(operands) > 1 else total.rounded(computed_in(node))
 
     return rule
 

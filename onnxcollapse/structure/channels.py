@@ -21,7 +21,7 @@ _SAME_TYPE = (
     "GlobalMaxPool", "LogSoftmax", "MatMul", "MaxPool", "Mish", "Pad", "ReduceMean", "Reshape", "Slice", "Squeeze",
     "Transpose", "Unsqueeze",
 )  # fmt: skip
-_MAX_DEPTH = 64
+_MAX_DEPTH = 16
 
 
 def rank(value: ir.Value | None) -> int | None:

@@ -30,7 +30,11 @@ def narrow(
 
     ::
 
-        y = region(sources(x)) W + b    ->    y = region(sources(x)[keep]) matrix + offset [+ x skip]
+        y = region(sources(x)) W + b    ->    y = region(sources(x)[keep]) matrix + offset
+        with a skip                     ->    y = [region(sources(x)[keep]), x] [matrix; skip] + offset
+
+    The skip is no second product: x is joined to what the consumer reads, so that a neighbour whose input this is
+    goes on reading one Linear.
 
     What is cut is copied bit for bit and what is shared stays as it is. The output keeps its name; tensors that lose
     channels get new ones, so a neighbour whose output is cut here is found under another name. Without a channel to
@@ -58,12 +62,13 @@ def narrow(
     else:
         if not len(keep):
             keep, matrix = np.zeros(1, np.intp), np.zeros((site.group, site.d_out))
-        value = _consumer(graph, anchor, site, _hidden(graph, anchor, site, keep), matrix, bias)
+        features = _hidden(graph, anchor, site, keep)
         if block is not None and skip is not None:
-            beside = _linear_path(graph, anchor, block, skip, None)
-            total = ir.Node("", "Add", [value, beside], outputs=[edit.like(site.output)])
-            edit.insert_before(graph, anchor, [total])
-            value = total.outputs[0]
+            features = _joined(
+                graph, anchor, features, _linear_path(graph, anchor, block, skip[:-1], None), site
+            )
+            matrix = np.concatenate([matrix, skip[-1]])
+        value = _consumer(graph, anchor, site, features, matrix, bias)
     edit.substitute(model, site.output, value)
 
 
@@ -82,10 +87,11 @@ def _check(site: HiddenLayer, keep: Array, matrix: Array, offset: Array) -> None
 def _checked_block(site: HiddenLayer, skip: Sequence[Array]) -> FeedForward:
     """The block that the skip goes beside."""
     block = site.block
-    if block is None or site.input is None or site.in_axis != site.out_axis:
+    same = block is not None and block.up.dtype == block.down.dtype
+    if block is None or site.input is None or site.in_axis != site.out_axis or not same:
         raise ModelError(
-            f"{site.name}: a skip needs a feed-forward block with input and output channels on one axis; "
-            "narrow it without"
+            f"{site.name}: a skip needs a feed-forward block with input and output channels on one axis and of "
+            "one type; narrow it without"
         )
     shapes = [factor.shape for factor in skip]
     ends = [block.d_in, *(shape[-1] for shape in shapes if len(shape))]
@@ -100,11 +106,29 @@ def _checked_block(site: HiddenLayer, skip: Sequence[Array]) -> FeedForward:
 def _linear_path(
     graph: ir.Graph, anchor: ir.Node, block: FeedForward, skip: Sequence[Array], bias: Array | None
 ) -> ir.Value:
-    """The input times all factors, plus the bias."""
+    """The input times all factors, plus the bias after the last."""
     value = block.input
-    for factor in skip[:-1]:
-        value = build_linear(graph, anchor, block.down, value, factor, None)
-    return build_linear(graph, anchor, block.down, value, skip[-1], bias)
+    for index, factor in enumerate(skip):
+        offset = bias if index == len(skip) - 1 else None
+        value = build_linear(graph, anchor, block.down, value, factor, offset)
+    return value
+
+
+def _joined(
+    graph: ir.Graph, anchor: ir.Node, features: ir.Value, beside: ir.Value, site: HiddenLayer
+) -> ir.Value:
+    """Features with more of them behind, along the channels."""
+    output = edit.like(features)
+    if output.shape is not None:
+        old = site.features.shape
+        output.shape = None if old is None else old.copy()
+        if output.shape is not None:
+            sizes = [value.shape[site.out_axis] if value.shape else None for value in (features, beside)]
+            total = sum(size for size in sizes if isinstance(size, int))
+            output.shape[site.out_axis] = total if all(isinstance(size, int) for size in sizes) else None
+    node = ir.Node("", "Concat", [features, beside], [ir.AttrInt64("axis", site.out_axis)], outputs=[output])
+    edit.insert_before(graph, anchor, node)
+    return output
 
 
 def _consumer(

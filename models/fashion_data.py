@@ -47,7 +47,7 @@ class Images:
         return Images(self.pixels[rows], self.labels[rows])
 
     def split(self, count: int, seed: int) -> tuple[Images, Images]:
-        """All but `count` images drawn without replacement, and those."""
+        """All but the images that `sample` draws, and those."""
         drawn = np.zeros(len(self.pixels), bool)
         drawn[np.random.default_rng(seed).choice(len(drawn), count, replace=False)] = True
         return Images(self.pixels[~drawn], self.labels[~drawn]), Images(

@@ -12,8 +12,9 @@ two minutes.
 `--activation relu --published` has the layers and the training of the Fashion-MNIST network in the code
 published with linearity-based compression (arXiv 2506.21146). The layers are the default ones; the training
 is SGD with momentum on a cross-entropy that is given probabilities, in batches of 32, for at most 20 epochs,
-with 10,000 training images kept back to stop by. The softmax at its end is left out of the ONNX file. The
-networks for tables in the same code have the hidden layers 64,128,128,256,256.
+with 10,000 training images kept back to stop by; `--calibration 10000` calibrates on these, as that code
+does. The softmax at its end is left out of the ONNX file. The networks for tables in the same code have the
+hidden layers 64,128,128,256,256.
 """
 
 from __future__ import annotations
@@ -153,9 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Builds or measures; returns the exit status."""
     parser = fashion.arguments("fashion_mlp", __doc__)
     parser.add_argument("--activation", choices=("prelu", "relu"), default="prelu")
-    parser.add_argument("--widths", type=_widths, metavar="W,W,...", help="of the hidden layers, with relu")
     parser.add_argument(
-        "--published", action="store_true", help="train as arXiv 2506.21146's code, with relu"
+        "--widths",
+        type=_widths,
+        metavar="W,W,...",
+        help="widths of the hidden layers, with --activation relu",
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="train as arXiv 2506.21146 does, with --activation relu"
     )
     parser.add_argument("--train", action="store_true", help="train anew on the whole data set")
     parser.add_argument("--commit", action="store_true", help="train anew and renew models/data")

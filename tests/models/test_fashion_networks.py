@@ -179,6 +179,7 @@ def test_a_split_is_a_partition():
     whole = images(30, 0)
     rest, kept = whole.split(8, seed=1)
     assert (len(rest.labels), len(kept.labels)) == (22, 8)
+    np.testing.assert_array_equal(kept.pixels, whole.sample(8, seed=1).pixels)
     together = {row.tobytes() for part in (rest, kept) for row in part.pixels}
     assert together == {row.tobytes() for row in whole.pixels}
 

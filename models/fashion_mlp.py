@@ -47,8 +47,7 @@ def build(args: argparse.Namespace) -> None:
     if args.activation == "prelu" and (args.widths or args.published):
         raise recipe.RecipeError("--widths and --published are for ReLU networks: add --activation relu")
     if args.train or args.commit or args.activation == "relu":
-        layers, alphas, train, evaluation = _trained(args)
-        calibration = fashion.drawn(train, args.calibration, args.seed)
+        layers, alphas, calibration, evaluation = _trained(args)
         if args.commit:
             _commit(layers, alphas, calibration, evaluation, args.seed)
     else:
@@ -105,11 +104,12 @@ def _fp32(array: np.ndarray, name: str) -> onnx.TensorProto:
 
 
 def _trained(args: argparse.Namespace) -> tuple[Layers, list[float] | None, Images, Images]:
-    """The layers, the slopes, the training images and the test images."""
+    """The layers, the slopes, the images to calibrate on and the test images."""
     recipe.require("torch", install="torch")
     from models import fashion_networks, fashion_training
 
     train, test = fashion_data.full()
+    calibration = fashion.drawn(train, args.calibration, args.seed)
     widths = (WIDTHS[0], *(args.widths or WIDTHS[1:-1]), WIDTHS[-1])
     how = fashion_training.PUBLISHED_LINEARITY if args.published else fashion_training.Recipe()
     if args.activation == "prelu":
@@ -121,7 +121,7 @@ def _trained(args: argparse.Namespace) -> tuple[Layers, list[float] | None, Imag
             "fashion_mlp", lambda: fashion_networks.mlp(widths), train, how, args.seed
         )
     layers, alphas = fashion_training.weights(network)
-    return layers, alphas, train, test
+    return layers, alphas, calibration, test
 
 
 def _commit(

@@ -197,6 +197,7 @@ def test_the_published_training_is_chosen(fits, monkeypatch, tmp_path):
         (fashion_mlp, ["--widths", "8,8"], "add --activation relu"),
         (fashion_mlp, ["--published"], "add --activation relu"),
         (fashion_mlp, ["--calibration", "4001"], "from 1 to 4000"),
+        (fashion_mlp, ["--activation", "relu", "--calibration", "97"], "from 1 to 96"),
         (fashion_vgg, ["--calibration", "97"], "from 1 to 96"),
         (fashion_vgg, ["--calibration", "0"], "from 1 to 96"),
         (fashion_vit, ["--width", "20"], "multiple of 16"),

@@ -7,14 +7,15 @@ is downloaded and numpy, onnx and onnxruntime suffice. `--activation relu` is a 
 `--train`, take the whole data set (Debian's dataset-fashion-mnist, MIT) and `pip install torch`, and some
 two minutes.
 
-`--activation relu --widths 512,512,512,512,512` is a ReLU MLP with five equal layers.
+`--activation relu --widths 512,512,512,512,512` is a ReLU MLP with five equal layers: .891 on the test images.
 
 `--activation relu --published` has the layers and the training of the Fashion-MNIST network in the code
 published with linearity-based compression (arXiv 2506.21146). The layers are the default ones; the training
 is SGD with momentum on a cross-entropy that is given probabilities, in batches of 32, for at most 20 epochs,
 with 10,000 training images kept back to stop by; `--calibration 10000` calibrates on these, as that code
-does. The softmax at its end is left out of the ONNX file. The networks for tables in the same code have the
-hidden layers 64,128,128,256,256.
+does. The softmax at its end is left out of the ONNX file. Trained so, seed 0 stops after 15 epochs at .665
+on the test images: three classes are never predicted. For those layers trained well leave out `--published`.
+The networks for tables in the same code have the hidden layers 64,128,128,256,256.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from models import recipe
 from models.fetch import fetch_debian
 
-PIXELS, CLASSES = 784, 10
+SIDE, PIXELS, CLASSES = 28, 784, 10
 SAMPLE = Path(__file__).parent / "data" / "fashion_sample.npz"
 CALIBRATION_IMAGES, SAMPLE_EVALUATION_IMAGES = 4000, 2000
 _FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -35,10 +36,23 @@ class Images:
         """What the model reads: float32 [n, 784] in [0, 1]."""
         return self.pixels.astype(np.float32) / np.float32(255)
 
+    def squares(self) -> np.ndarray:
+        """The same as images: float32 [n, 1, 28, 28]."""
+        side = math.isqrt(self.pixels.shape[1])
+        return self.inputs().reshape(-1, 1, side, side)
+
     def sample(self, count: int, seed: int) -> Images:
         """`count` images drawn without replacement."""
         rows = np.sort(np.random.default_rng(seed).choice(len(self.pixels), count, replace=False))
         return Images(self.pixels[rows], self.labels[rows])
+
+    def split(self, count: int, seed: int) -> tuple[Images, Images]:
+        """All but the images that `sample` draws, and those."""
+        drawn = np.zeros(len(self.pixels), bool)
+        drawn[np.random.default_rng(seed).choice(len(drawn), count, replace=False)] = True
+        return Images(self.pixels[~drawn], self.labels[~drawn]), Images(
+            self.pixels[drawn], self.labels[drawn]
+        )
 
 
 def full() -> tuple[Images, Images]:

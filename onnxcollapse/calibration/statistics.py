@@ -178,6 +178,20 @@ class GramMatrix:
         index = self.columns(a)
         return float(self.matrix[index, index].sum() / max(self.count, 1.0))
 
+    def projected(self, place: int, basis: np.ndarray) -> GramMatrix:
+        """The sums as if one tensor x had been x @ basis.
+
+        Args:
+            place: Its 0-based place among the tensors.
+            basis: float64 [width, r].
+        """
+        start = 1 + sum(self.widths[:place])
+        stop = start + self.widths[place]
+        rows = np.concatenate([self.matrix[:start], basis.T @ self.matrix[start:stop], self.matrix[stop:]])
+        matrix = np.concatenate([rows[:, :start], rows[:, start:stop] @ basis, rows[:, stop:]], axis=1)
+        widths = (*self.widths[:place], basis.shape[1], *self.widths[place + 1 :])
+        return GramMatrix(self.count, self.refs, widths, (matrix + matrix.T) / 2)
+
     def _span(self, selector: str | int | Ref) -> tuple[int, int]:
         if selector == "one":
             return 0, 1

@@ -10,7 +10,7 @@ from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
-from onnxcollapse.rewriting.passes import Pass, offers_of, requests_of, sites_of
+from onnxcollapse.rewriting.passes import Pass, blamed, requests_of, sites_of
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
 from onnxcollapse.rewriting.selection import Candidate
@@ -133,10 +133,9 @@ class Fitter:
 
     def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal:
         """Proposes the same variant again."""
-        for offer in offers_of(candidate.maker, self._site(model, candidate), statistics):
-            if isinstance(offer, Proposal) and offer.variant == candidate.proposal.variant:
-                return offer
-        return candidate.proposal
+        with blamed(candidate.maker):
+            again = candidate.maker.refit(self._site(model, candidate), candidate.proposal, statistics)
+        return candidate.proposal if again is None else again
 
     def _sweep(
         self, model: Model, requests: Sequence[Request], reference: Model | None, sites: Iterable[Site]

@@ -56,6 +56,13 @@ class Pass(abc.ABC):
     def propose(self, site: Any, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Turns a site and its statistics into alternatives, at most one of which is applied."""
 
+    def refit(self, site: Any, proposal: Proposal, statistics: Statistics) -> Proposal | None:
+        """Proposes the same variant again from other statistics; None when there is none any more."""
+        for offer in self.propose(site, statistics):
+            if isinstance(offer, Proposal) and offer.variant == proposal.variant:
+                return offer
+        return None
+
     @abc.abstractmethod
     def rewrite(self, model: Model, site: Any, proposal: Proposal) -> None:
         """Applies a proposal to a site of `model`; may raise `ModelError`, which rolls it back."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,11 @@ class Convolution:
         """Taps along each spatial axis."""
         known = folded(self.weight)
         return () if known is None else known.shape[2:]
+
+    @property
+    def fan_in(self) -> int:
+        """Weights of each output channel."""
+        return self.in_features * math.prod(self.kernel)
 
     def matrix(self) -> Array:
         """W [in * taps, out] in float64, rows channel-major: row = channel * taps + tap."""

@@ -72,6 +72,11 @@ class Linear:
         return self.output.name or label(self.node)
 
     @property
+    def fan_in(self) -> int:
+        """Weights of each output channel."""
+        return self.in_features
+
+    @property
     def rank(self) -> int | None:
         """Rank of the output, None if unknown."""
         known = folded(self.weight)

@@ -23,7 +23,14 @@ from onnxcollapse.calibration.leastsquares import LinearFit, rank_path, ridge_fi
 from onnxcollapse.calibration.statistics import Gram, Moments, MomentSums, Ref, Request, Statistics
 from onnxcollapse.model import Model, edit, scratch, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
-from onnxcollapse.structure import FeedForward, affine_of, build_linear, feedforwards, prelu_slope
+from onnxcollapse.structure import (
+    FeedForward,
+    affine_of,
+    build_linear,
+    feedforwards,
+    hidden_layer_at,
+    prelu_slope,
+)
 
 SLACKS = (0.01, 0.1)
 """How much more held-out error than full rank the maps of limited rank may have, relatively."""
@@ -103,6 +110,11 @@ class CollapseFfn(Pass):
         for site in found:
             reason = self._objection(site)
             yield site if reason is None else Decline(site.name, reason)
+
+    def site(self, model: Model, name: str) -> FeedForward | None:
+        """Finds one feed-forward block."""
+        layer = hidden_layer_at(model.graph, name)
+        return None if layer is None else layer.block
 
     def requests(self, site: FeedForward) -> Sequence[Request]:
         """Asks for the Gram matrix of [x, y], and for a fold for the moments that bound its error."""

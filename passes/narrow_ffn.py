@@ -3,7 +3,7 @@ r"""narrow-ffn: hidden channels leave, and what remains is fitted again (arXiv 2
 
 ::
 
-    y = f(x W1 + b1) W2 + b2     becomes     y = f(x W1[:,K] + b1[K]) V + c     or     y = [f(x W1[:,K] + b1[K]), x] V + c
+    y = f(x W1 + b1) W2 + b2     becomes     y = a V + c     or     y = [a, x] V + c,     a = f(x W1[:,K] + b1[K])
 
 ``residual`` chooses the kept channels K, the path beside them and V, c as one least-squares problem on calibration
 sums: the optimal brain surgeon on features (METHODS 0). It works for every activation, for gated blocks, for chains of
@@ -33,7 +33,7 @@ from onnxcollapse.passes.narrowing_criteria import (
 from onnxcollapse.calibration.statistics import Gram, Moments, Patches, Ref, Request, Statistics
 from onnxcollapse.model import Model, scratch, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
-from onnxcollapse.structure import Convolution, HiddenLayer, hidden_layers, narrow
+from onnxcollapse.structure import Convolution, HiddenLayer, hidden_layer_at, hidden_layers, narrow
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.08, 0.05)
 """Shares of a layer's channels that are offered."""
@@ -51,7 +51,7 @@ class Channels:
 
     Attributes:
         layer: The hidden layer.
-        chained: Whether its input is the hidden tensor of another site, which may be cut as well.
+        chained: Whether its source is the consumer of another site, so that its input may be cut as well.
     """
 
     layer: HiddenLayer
@@ -104,7 +104,8 @@ class NarrowFfn(Pass):
 
     Attributes:
         criterion: What decides which channels stay: ``residual``, ``activation-rate`` (arXiv 2506.21146), or one of the
-            controls ``magnitude`` (norm of a channel's incoming weights times that of its outgoing ones) and ``random``.
+            controls ``magnitude`` (norm of a channel's incoming weights times that of its outgoing ones) and
+            ``random``.
         threshold: Activation rate from which ``activation-rate`` takes a neuron for linear, in (0, 1].
         refit_rest: Whether the controls' remaining outgoing weights are fitted again.
         skip: Whether ``residual`` offers a linear path beside the channels, of full and of limited rank.
@@ -131,11 +132,19 @@ class NarrowFfn(Pass):
         found, refused = hidden_layers(model.graph, model.ir.functions.values())
         for refusal in refused:
             yield Decline(refusal.name, refusal.reason)
-        hidden = {layer.features for layer in found}
+        outputs = {layer.output for layer in found}
         for layer in found:
-            site = Channels(layer, layer.input in hidden)
+            site = Channels(layer, layer.sources[0].output in outputs)
             reason = self._objection(site)
             yield site if reason is None else Decline(site.name, reason)
+
+    def site(self, model: Model, name: str) -> Channels | None:
+        """Finds one hidden layer."""
+        layer = hidden_layer_at(model.graph, name)
+        if layer is None:
+            return None
+        before = hidden_layer_at(model.graph, layer.sources[0].name)
+        return Channels(layer, before is not None and before.output is layer.sources[0].output)
 
     def requests(self, site: Channels) -> Sequence[Request]:
         """Asks for the Gram matrix of [x, features, y], x only where it may get a path of its own."""
@@ -180,7 +189,7 @@ class NarrowFfn(Pass):
         layer = site.layer
         features = layer.width * layer.group
         if features > MOST_FEATURES:
-            return f"{features} features are more than the {MOST_FEATURES} whose sums are held; pool before it, or leave it"
+            return f"{features} features are more than the {MOST_FEATURES} whose sums can be held; pool before it"
         if self.criterion != "activation-rate":
             return None
         return rate_objection(layer) or (

@@ -199,8 +199,8 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
     p, q, h, count = block.d_in, block.d_out, block.d_hidden, int(linear.sum())
     if count * (p + q + 1) <= p * q:
         return (
-            f"does not pay: {count} of {h} neurons have an activation rate of {threshold:g} or more, and a skip path of "
-            f"{p} x {q} pays from more than p q / (p + q + 1) = {p * q / (p + q + 1):.1f} on"
+            f"does not pay: {count} of {h} neurons have an activation rate of {threshold:g} or more, and a skip path "
+            f"of {p} x {q} pays from more than p q / (p + q + 1) = {p * q / (p + q + 1):.1f} on"
         )
     up, bias, down = block.up.matrix(), block.up.offset(), block.down.matrix()
     skip = up[:, linear] @ down[linear]
@@ -224,7 +224,7 @@ def _with_path(count: int, found: SubsetFit, width: int) -> Fitted:
 
 
 def _limited(count: int, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix) -> Fitted:
-    """Limits the rank of a path beside a feed-forward block by reduced-rank regression given the channels that stay, and fits all again.
+    """Limits the rank of a path by reduced-rank regression given the channels that stay, and fits all again.
 
     The path x S counts for what the kept features a cannot say: with C = Cov(x | a), the leading eigenvectors V of
     S' C S give the directions x S V that stand for x (Izenman 1975, partial form).

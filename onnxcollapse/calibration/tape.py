@@ -8,6 +8,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+IN_MEMORY = 1 << 20
+"""Bytes of a tensor that are kept in memory: many small ones would use up the files a process may open."""
+
 
 class Tape:
     """Arrays by name and batch in temporary files without names: whatever ends the process, nothing of them is left.
@@ -51,6 +54,10 @@ class Tape:
             if reel is not None:
                 reel.close()
 
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Forgets all other tensors."""
+        self.drop(set(self._reels) - set(names))
+
     def close(self) -> None:
         """Forgets everything."""
         self.drop(list(self._reels))
@@ -60,7 +67,7 @@ class _Reel:
     """One tensor's batches in one file."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the tape)
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115 (closed by the tape)
         self._entries: list[tuple[int, tuple[int, ...], np.dtype]] = []
         self._end = 0
 

@@ -69,6 +69,7 @@ class Walk:
         segments: Where the model is cut.
         place: The segment that comes next.
         tape: Tensors that segments yet to come read.
+        limit: About how many samples of each part; None for all.
         provider: What the last segment ran on; None before the first.
     """
 
@@ -85,7 +86,7 @@ class Walk:
         place: int = 0,
     ) -> None:
         self._model = model
-        self._data, self._parts, self._limit = data, tuple(parts), limit
+        self._data, self._parts, self.limit = data, tuple(parts), limit
         self._requested = provider
         self.segments: list[Segment] = segments(model.graph, cuts)
         self.tape = tape or Tape()
@@ -106,7 +107,7 @@ class Walk:
         """Every batch with its part, its number in the order of the walk, and whether it is its part's last."""
         number = 0
         for part in self._parts:
-            batches = iter(self._data.batches(part, self._limit))
+            batches = iter(self._data.batches(part, self.limit))
             batch = next(batches, None)
             while batch is not None:
                 after = next(batches, None)

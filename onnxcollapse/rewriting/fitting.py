@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
-from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
-from onnxcollapse.rewriting.passes import Pass, blamed, requests_of, sites_of
+from onnxcollapse.rewriting.passes import Pass, blamed, requests_of, site_of
 from onnxcollapse.rewriting.progress import Progress
-from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
+from onnxcollapse.rewriting.proposal import Proposal, Site
 from onnxcollapse.rewriting.selection import Candidate
 
 
@@ -126,10 +125,8 @@ class Fitter:
 
     @staticmethod
     def _site(model: Model, candidate: Candidate) -> Site:
-        for site in sites_of(candidate.maker, model):
-            if not isinstance(site, Decline) and site.name == candidate.proposal.site:
-                return site
-        raise ModelError(f"site '{candidate.proposal.site}' is gone; an earlier rewrite consumed it")
+        site: Site = site_of(candidate.maker, model, candidate.proposal.site)
+        return site
 
     def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal:
         """Proposes the same variant again."""

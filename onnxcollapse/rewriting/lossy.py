@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -21,38 +21,49 @@ from onnxcollapse.calibration import Dataset, Plan
 from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
-from onnxcollapse.rewriting.fitting import Fitter, Place, apply
+from onnxcollapse.rewriting.fitting import Fitter, Place
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
 from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
+from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.rewriting.progress import Progress
-from onnxcollapse.rewriting.proposal import Decline, Proposal, Saving
-from onnxcollapse.rewriting.selection import (
-    Candidate,
-    admit,
-    affordable,
-    most_saving,
-    node_key,
-    ranked,
-    reaching,
-)
+from onnxcollapse.rewriting.proposal import Decline, Proposal
+from onnxcollapse.rewriting.selection import Candidate, admit, choose, node_key, ranked
 from onnxcollapse.rewriting.transaction import extent
-from onnxcollapse.verification import States, Verifier
+from onnxcollapse.verification import Verifier
+from onnxcollapse.verification.metrics import additive_power
 
 logger = logging.getLogger(__name__)
 
-PRICE_SAMPLES = 64
-"""Held-out samples on which a candidate's effect at the outputs is measured. The fit part would flatter fits with few
-rows, and the measurement only orders candidates and leaves out hopeless ones."""
-
 MAX_ROUNDS = 12
+
+ATTEMPTS = 5
+"""Selections that a round builds and measures."""
+
+NEAR = 0.9
+"""Share of the budget from which on it counts as spent."""
+
+CLOSE = 0.01
+"""Share of the model that may be saved beyond the target."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
-    """Why the last group was rolled back, and its error on the held-out part where it could be measured."""
+    """Why the last group was rolled back, its error on the held-out part where it could be measured, and the group."""
 
     reason: str = ""
     error: float | None = None
+    tried: tuple[Candidate, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Trial:
+    """A model with some candidates applied and fitted, its error, and whether it saves what is needed."""
+
+    model: Model
+    chosen: tuple[Candidate, ...]
+    done: Mapping[tuple[str, str, str], Proposal]
+    error: float
+    enough: bool = False
 
 
 class LossyStage:
@@ -87,6 +98,8 @@ class LossyStage:
     ) -> None:
         self._model = model
         self._passes = passes
+        self._data, self._provider = data, provider
+        self._done: dict[tuple[str, str, str], Proposal] = {}
         self._shapes = data.shapes()
         self._verifier = verifier
         self._budget = budget
@@ -107,11 +120,15 @@ class LossyStage:
     def run(self) -> None:
         """Runs rounds until none can keep more or the target is reached."""
         for number in range(MAX_ROUNDS):
-            if not self._passes or self._missing() <= 0 or not self._round(number):
+            if not self._passes or self._missing() <= 0 or self._spent() or not self._round(number):
                 break
         done = {other.key[:2] for other in self._taken}
         for candidate in [other for key, other in self._waiting.items() if key[:2] not in done]:
             self._note(candidate, "declined", self._why_passed_over(candidate))
+
+    def _spent(self) -> bool:
+        """Whether what was kept has used up the budget."""
+        return self.changed and self._budget.target is None and self.error >= NEAR * self._budget.cap
 
     def _missing(self) -> float:
         """How much still has to be saved for the target; infinite without one, so that all that fits is saved."""
@@ -126,34 +143,94 @@ class LossyStage:
     def _round(self, number: int) -> bool:
         """Prices, chooses and applies; returns whether another round has something new to look at."""
         start, self._began = self._model.clone(), len(self._journal.entries)
+        self._done = {}
         priced = self._price(start, self._candidates(start), number)
         self._waiting |= {candidate.key: candidate for candidate in priced}
-        measure = self._budget.target.measure if self._budget.target else "params"
-        queue = ranked(priced, measure)
-        if sum(candidate.saving.of(measure) for candidate in queue) < self._missing() < math.inf:
-            queue = most_saving(priced, measure)
-        kept: list[Candidate] = []
+        refused, kept = len(self._refused), list[Candidate]()
 
         def attempt(group: Sequence[Candidate]) -> bool:
-            return self._attempt(start, kept, group)
+            trial = self._attempt(start, [*kept, *group])
+            if trial is None or not self._fits(trial):
+                return False
+            self._keep(trial)
+            kept.extend(group)
+            return True
 
-        refused = len(self._refused)
-        for group in self._groups(queue, measure):
-            admit(group, attempt, self._roll_back)
-            if self._missing() <= 0:
-                break
-        passed_over = len(queue) < len(priced)  # excluded by others, some of which may have failed
-        return bool(kept) or (passed_over and len(self._refused) > refused)
+        for candidate in ranked([item for item in priced if item.maker.on_request]):
+            admit([candidate], attempt, self._roll_back)
+        rest = [item for item in priced if not item.maker.on_request]
+        found = self._search(start, kept, rest) if self._missing() > 0 else None
+        if found is not None:
+            self._keep(found)
+            kept = list(found.chosen)
+        elif self._failure.tried:
+            admit(ranked(self._failure.tried, self._measure), attempt, self._roll_back)
+        return bool(kept) or len(self._refused) > refused
 
-    def _groups(self, queue: list[Candidate], measure: str) -> Iterable[list[Candidate]]:
-        """Splits the queue: first what should do, then the rest one by one, in case there is room left."""
+    @property
+    def _measure(self) -> str:
+        return self._budget.target.measure if self._budget.target else "params"
+
+    def _search(self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]) -> _Trial | None:
+        """Finds the best selection by a few trials: what was predicted is corrected by what was measured."""
+        self._failure = _Failure()
         if self._budget.target is None:
-            first = affordable(queue, self._budget.cap - self.error)
-        else:
-            first = reaching(queue, measure, math.ceil(self._missing()))
-        yield first
-        for candidate in queue[len(first) :]:
-            yield [candidate]
+            return self._as_much_as_fits(start, kept, rest)
+        return self._as_much_as_needed(start, kept, rest)
+
+    def _as_much_as_fits(
+        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
+    ) -> _Trial | None:
+        """Saves as much as the budget allows: the error that is aimed at follows the one that was reached."""
+        power, cap = additive_power(self._budget.metric), self._budget.cap
+        room = max(cap**power - self.error**power, 0.0) ** (1 / power)
+        best: _Trial | None = None
+        low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
+        for _ in range(ATTEMPTS):
+            chosen = choose(rest, self._measure, allowed=aim, power=power)
+            selection = frozenset(item.key for item in chosen)
+            if not chosen or selection in seen:
+                break
+            seen.add(selection)
+            trial = self._attempt(start, [*kept, *chosen])
+            if trial is None:
+                return best
+            if self._fits(trial):
+                best, low = trial, aim
+                if trial.error >= NEAR * cap:
+                    break
+                further = aim * min(0.98 * cap / max(trial.error, 1e-12), 2.0)
+                aim = min(further, (aim + high) / 2)
+            else:
+                high = aim
+                aim = max(aim * max(0.95 * cap / trial.error, 0.25), (low + aim) / 2 if low else 0.0)
+        return best
+
+    def _as_much_as_needed(
+        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
+    ) -> _Trial | None:
+        """Reaches the target at the least error: savings of neighbours overlap, so what is asked for follows."""
+        power, wanted = additive_power(self._budget.metric), self._missing()
+        before = extent(start, self._shapes).of(self._measure)
+        best: _Trial | None = None
+        ask, seen = wanted, set[frozenset[Any]]()
+        for _ in range(ATTEMPTS):
+            chosen = choose(rest, self._measure, needed=ask, power=power)
+            selection = frozenset(item.key for item in chosen)
+            if not chosen or selection in seen:
+                break
+            seen.add(selection)
+            trial = self._attempt(start, [*kept, *chosen])
+            if trial is None or not self._fits(trial):
+                return best
+            saved = before - extent(trial.model, self._shapes).of(self._measure)
+            enough = saved >= wanted
+            if best is None or not best.enough or (enough and trial.error < best.error):
+                best = dataclasses.replace(trial, enough=enough)
+            if enough and saved - wanted <= CLOSE * before:
+                break
+            ask *= wanted / max(saved, 1)
+        return best
 
     def _candidates(self, model: Model) -> list[Candidate]:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
@@ -188,94 +265,50 @@ class LossyStage:
                 yield place
 
     def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:
-        """Applies each candidate alone and measures what it saves and what it costs at the outputs.
-
-        Only what lies behind the candidate's layer runs. Variants of a site that fit worse than one that broke the
-        budget are not run: the error at the site ranks variants of one site.
-        """
-        priced, whole = [], extent(start, self._shapes)
-        broke: dict[tuple[str, str], float] = {}
-        with (
-            self._progress.task(f"round {number + 1}: pricing", len(candidates)) as task,
-            self._verifier.states(start, self._plan.points, limit=PRICE_SAMPLES) as states,
-        ):
-            for candidate in candidates:
-                task.advance()
-                place, predicted = candidate.key[:2], candidate.proposal.predicted_error
-                if predicted >= broke.get(place, math.inf):
-                    unmeasured = dataclasses.replace(candidate, impact=math.inf)
-                    self._refuse(
-                        unmeasured, "declined", "a variant with less error at the site breaks the budget"
-                    )
-                    continue
-                reason, saving, impact = self._trial(start, whole, candidate, states)
-                tried = dataclasses.replace(candidate, saving=saving, impact=impact)
-                if reason is None:
-                    priced.append(tried)
-                    continue
-                self._refuse(tried, "declined", reason)
-                if math.isfinite(impact):
-                    broke[place] = min(predicted, broke.get(place, math.inf))
+        """Measures what candidates save and cost at the outputs; those that are not wanted end here."""
+        pricer = Pricer(start, self._data, self._verifier, self._budget, self._plan, self._provider)
+        priced = []
+        for price in pricer.price(candidates, self._progress, f"round {number + 1}: pricing"):
+            if price.objection is None:
+                priced.append(price.candidate)
+            else:
+                self._refuse(price.candidate, "declined", price.objection)
         return priced
 
-    def _trial(
-        self, start: Model, whole: Saving, candidate: Candidate, states: States
-    ) -> tuple[str | None, Saving, float]:
-        trial = start.clone()
+    def _attempt(self, start: Model, chosen: Sequence[Candidate]) -> _Trial | None:
+        """Builds the model with the chosen, fitted anew, and measures it; None where that cannot be done."""
         try:
-            apply(trial, candidate.maker, candidate.proposal)
-        except ModelError as error:
-            return str(error), Saving(), math.inf
-        saving = whole - extent(trial, self._shapes)
-        objection = self._objection(candidate.maker, saving)
-        if objection is not None:
-            return objection, saving, math.inf
-        try:
-            impact = self._verifier.error_from(states, states.place(candidate.tensors), trial)
-        except (MetricError, ModelError) as error:
-            return str(error), saving, math.inf  # an output is another one, or no runtime takes the model
-        if not math.isfinite(impact):
-            return "its error at the outputs is not finite", saving, impact
-        if impact > self._budget.cap:
-            return (
-                f"alone it moves the outputs by {impact:.4g}, over the budget of {self._budget.cap:g}",
-                saving,
-                impact,
-            )
-        return None, saving, impact
-
-    def _objection(self, maker: Pass, saving: Saving) -> str | None:
-        """Says why a rewrite with this saving is not wanted, or None."""
-        if maker.on_request:
-            return None
-        target = self._budget.target
-        if target is not None and saving.of(target.measure) <= 0:
-            return f"saves no {target.measure}, which the target names"
-        return saving.objection()
-
-    def _attempt(self, start: Model, kept: list[Candidate], group: Sequence[Candidate]) -> bool:
-        """Builds the model with what was kept and the group, and keeps it when the held-out error fits."""
-        try:
-            trial, done = self._fitter.realize(start, [*kept, *group])
-            error = self._verifier.error(trial)
+            model, done = self._fitter.realize(start, chosen)
+            error = self._verifier.error(model)
         except (DataError, MetricError, ModelError) as problem:
-            self._failure = _Failure(f"together with what was kept before it: {problem}")
-            return False
-        if not error <= self._budget.cap:
-            logger.info("%d rewrites together: error %.4g, rolled back", len(kept) + len(group), error)
-            held_out = f"with what was kept before it the held-out error is {error:.4g}"
-            self._failure = _Failure(f"{held_out}, over the budget of {self._budget.cap:g}", error)
-            return False
-        kept.extend(group)
-        self._taken.extend(group)
-        self._model.ir = trial.ir
+            reason = f"together with what was kept before it: {problem}"
+            self._failure = _Failure(reason, None, tuple(chosen))
+            return None
+        logger.info("%d rewrites together: error %.4g", len(chosen), error)
+        return _Trial(model, tuple(chosen), done, error)
+
+    def _fits(self, trial: _Trial) -> bool:
+        """Whether the error is inside the budget; notes why not."""
+        if trial.error <= self._budget.cap:
+            return True
+        held_out = f"with what was kept before it the held-out error is {trial.error:.4g}"
+        reason = f"{held_out}, over the budget of {self._budget.cap:g}"
+        self._failure = _Failure(reason, trial.error, trial.chosen)
+        return False
+
+    def _keep(self, trial: _Trial) -> None:
+        """Makes a trial the model and notes what is new in it, and how what was kept before is fitted now."""
+        new = [item for item in trial.chosen if item.key not in self._done]
+        self._taken.extend(new)
+        self._model.ir = trial.model.ir
         self.changed = self._fitter.changed = True
-        self.error = error
-        for candidate in group:
-            proposal = done[candidate.key]
-            self._note(dataclasses.replace(candidate, proposal=proposal), "kept", proposal.detail, error)
-        self._note_new_fits(done)
-        return True
+        self.error = trial.error
+        for candidate in new:
+            proposal = trial.done[candidate.key]
+            refitted = dataclasses.replace(candidate, proposal=proposal)
+            self._note(refitted, "kept", proposal.detail, trial.error)
+        self._note_new_fits(trial.done)
+        self._done = dict(trial.done)
 
     def _note_new_fits(self, done: Mapping[tuple[str, str, str], Proposal]) -> None:
         """Lets the entries of what this round kept before say how it was fitted in the end."""

@@ -48,6 +48,11 @@ class Pass(abc.ABC):
     def sites(self, model: Model) -> Iterable[Site | Decline]:
         """Finds the places this pass could rewrite, in graph order, by structure alone."""
 
+    def site(self, model: Model, name: str) -> Any:
+        """The site of that name, None when there is none; overridden where it is found without all others."""
+        found = (site for site in self.sites(model) if not isinstance(site, Decline))
+        return next((site for site in found if site.name == name), None)
+
     def requests(self, site: Any) -> Sequence[Request]:
         """Names the statistics that `propose` needs for a site."""
         return ()
@@ -76,10 +81,7 @@ class Pass(abc.ABC):
         Raises:
             ModelError: A site is not there any more, because another rewrite consumed it, or the pass fails.
         """
-        found = {site.name: site for site in sites_of(self, model) if not isinstance(site, Decline)}
-        gone = next((proposal.site for proposal in proposals if proposal.site not in found), None)
-        if gone is not None:
-            raise ModelError(f"{self.name}: site '{gone}' is gone; an earlier rewrite consumed it")
+        found = {proposal.site: site_of(self, model, proposal.site) for proposal in proposals}
         order = {node: index for index, node in enumerate(model.graph)}
 
         def place(proposal: Proposal) -> int:
@@ -125,6 +127,19 @@ def sites_of(item: Pass, model: Model) -> list[Site | Decline]:
     """Returns all sites of a pass; raises ModelError in the pass's name when it fails."""
     with blamed(item, model):
         return list(item.sites(model))
+
+
+def site_of(item: Pass, model: Model, name: str) -> Any:
+    """Returns one site of a pass.
+
+    Raises:
+        ModelError: It is not there any more, or the pass fails.
+    """
+    with blamed(item, model):
+        site = item.site(model, name)
+    if site is None:
+        raise ModelError(f"{item.name}: site '{name}' is gone; an earlier rewrite consumed it")
+    return site
 
 
 def offers_of(item: Pass, site: Site, statistics: Statistics | None) -> list[Proposal | Decline]:

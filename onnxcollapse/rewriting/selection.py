@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
+from scipy import optimize, sparse
 
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Proposal, Saving
@@ -69,41 +72,77 @@ def ranked(candidates: Sequence[Candidate], measure: str = "params") -> list[Can
     return compatible(sorted(candidates, key=price))
 
 
-def most_saving(candidates: Sequence[Candidate], measure: str) -> list[Candidate]:
-    """Orders candidates by what they save, most first, and leaves out those that exclude each other.
+def choose(
+    candidates: Sequence[Candidate],
+    measure: str,
+    *,
+    needed: float | None = None,
+    allowed: float = float("inf"),
+    power: int = 1,
+) -> list[Candidate]:
+    """Chooses one variant or none for each site: a knapsack with multiple choice, solved by HiGHS.
 
-    For a target that the cheapest variants of all sites together do not reach.
+    Errors are taken to add up in their `power`; savings to add up. Both only guide what is then measured.
+
+    Args:
+        candidates: Priced.
+        measure: What is saved.
+        needed: Save at least this much at the least error; None to save as much as `allowed` lets. When nothing
+            saves enough, what saves most is chosen.
+        allowed: Largest error of all together.
+        power: Of the error, that adds up.
+
+    Returns:
+        The chosen, in graph order.
     """
+    if not candidates:
+        return []
+    saved = np.array([float(item.saving.of(measure)) for item in candidates])
+    cost = np.array([item.impact**power for item in candidates])
+    if not np.isfinite(cost).all():
+        raise ValueError("candidates without a measured impact cannot be chosen among")
+    saved_unit, cost_unit = max(np.abs(saved).max(), 1e-30), max(cost.max(), 1e-30)
+    s, c = saved / saved_unit, cost / cost_unit
+    rules = [optimize.LinearConstraint(_exclusions(candidates), -np.inf, 1.0)]
+    if math.isfinite(allowed):
+        rules.append(optimize.LinearConstraint(c, -np.inf, allowed**power / cost_unit))
+    tie = 1e-6 / len(candidates)  # of equal savings the cheaper, of equal costs the larger
+    if needed is not None:
+        enough = [*rules, optimize.LinearConstraint(s, needed / saved_unit, np.inf)]
+        found = _solve(c - tie * s, enough)
+        if found is not None:
+            return _in_order(candidates, found)
+    found = _solve(tie * c - s, rules)
+    return [] if found is None else _in_order(candidates, found)
 
-    def order(candidate: Candidate) -> tuple[bool, int, float]:
-        return not candidate.maker.on_request, -candidate.saving.of(measure), candidate.impact
 
-    return compatible(sorted(candidates, key=order))
-
-
-def affordable(candidates: Sequence[Candidate], cap: float) -> list[Candidate]:
-    """Returns the longest run from the front whose impacts add up to at most `cap`.
-
-    Errors do not add up exactly, so this is only the first guess that is then measured.
-    """
-    total, chosen = 0.0, []
-    for candidate in candidates:
-        total += candidate.impact
-        if total > cap:
-            break
-        chosen.append(candidate)
-    return chosen
+def _solve(objective: np.ndarray, rules: list[optimize.LinearConstraint]) -> np.ndarray | None:
+    """Which items to take, bool; None where no selection obeys the rules."""
+    result = optimize.milp(
+        objective,
+        integrality=np.ones(len(objective), np.uint8),
+        bounds=optimize.Bounds(0, 1),
+        constraints=rules,
+        options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
+    )
+    return None if result.x is None else result.x > 0.5
 
 
-def reaching(candidates: Sequence[Candidate], measure: str, needed: int) -> list[Candidate]:
-    """Returns the shortest run from the front that saves at least `needed`, or all when none does."""
-    saved, chosen = 0, []
-    for candidate in candidates:
-        if saved >= needed:
-            break
-        saved += candidate.saving.of(measure)
-        chosen.append(candidate)
-    return chosen
+def _exclusions(candidates: Sequence[Candidate]) -> sparse.csr_array:
+    """A row for each set of candidates that share a node, of which at most one may be taken."""
+    by_node: dict[str, list[int]] = {}
+    for place, item in enumerate(candidates):
+        for node in item.nodes or (f"site {item.key[:2]}",):
+            by_node.setdefault(node, []).append(place)
+    groups = sorted({tuple(places) for places in by_node.values()})
+    rows = [row for row, places in enumerate(groups) for _ in places]
+    columns = [place for places in groups for place in places]
+    shape = (len(groups), len(candidates))
+    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+
+
+def _in_order(candidates: Sequence[Candidate], taken: np.ndarray) -> list[Candidate]:
+    return sorted((c for c, take in zip(candidates, taken, strict=True) if take), key=lambda c: c.position)
 
 
 def admit(

@@ -17,7 +17,7 @@ from onnxcollapse.structure.constants import (
 )
 from onnxcollapse.structure.convolution import Convolution, Window, convolution_at
 from onnxcollapse.structure.feedforward import FeedForward, feedforwards
-from onnxcollapse.structure.hidden import HiddenLayer, hidden_layers
+from onnxcollapse.structure.hidden import HiddenLayer, hidden_layer_at, hidden_layers, operator_of
 from onnxcollapse.structure.linear import Linear, linear_at, linears
 from onnxcollapse.structure.narrowing import narrow
 from onnxcollapse.structure.pointwise import ELEMENTWISE, Region, is_elementwise, region_behind
@@ -48,6 +48,7 @@ __all__ = [
     "convolution_at",
     "feedforwards",
     "folded",
+    "hidden_layer_at",
     "hidden_layers",
     "is_elementwise",
     "is_overridable",
@@ -58,6 +59,7 @@ __all__ = [
     "linears",
     "main_output",
     "narrow",
+    "operator_of",
     "prelu_slope",
     "ranges",
     "readers",

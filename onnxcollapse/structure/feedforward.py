@@ -174,13 +174,13 @@ def search(graph: ir.Graph, read: Iterable[Linear | Refusal] | None = None) -> l
     stop = {linear.output: linear for linear in read if isinstance(linear, Linear)}
     found: list[FeedForward | Refusal] = []
     for item in read:
-        site = _site_above(item, stop) if isinstance(item, Linear) else item
+        site = site_above(item, stop) if isinstance(item, Linear) else item
         if site is not None and not (isinstance(site, Refusal) and not site.candidate):
             found.append(site)
     return found
 
 
-def _site_above(down: Linear, stop: Mapping[ir.Value, Linear]) -> FeedForward | Refusal | None:
+def site_above(down: Linear, stop: Mapping[ir.Value, Linear]) -> FeedForward | Refusal | None:
     """The site whose last Linear is `down`; None if a Linear feeds it directly."""
     if down.input in stop:
         return None

@@ -13,7 +13,7 @@ Each channel is computed from the same channel of the sources only, and read by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from onnxcollapse.structure.channelwise import channelwise_behind
 from onnxcollapse.structure.constants import Array, folded, is_op, is_shared
 from onnxcollapse.structure.convolution import Convolution, Operator, Window, operator_at
 from onnxcollapse.structure.feedforward import FeedForward
+from onnxcollapse.structure.linear import Linear
 from onnxcollapse.structure.pointwise import is_elementwise
 from onnxcollapse.structure.refusal import Refusal, RefusedError
 
@@ -206,6 +207,83 @@ def hidden_layers(
     for body, where in feedforward.inner_bodies(graph, functions):
         refusals += [Refusal(x.name, f"inside {where}") for x in _search(body) if isinstance(x, HiddenLayer)]
     return sites, refusals
+
+
+def hidden_layer_at(graph: ir.Graph, name: str) -> HiddenLayer | None:
+    """The site of that name as `hidden_layers` would give it, without looking at the rest of the graph."""
+    consumer = operator_of(graph, name)
+    if consumer is None:
+        return None
+    stop = OperatorsByOutput()
+    place = {node: index for index, node in enumerate(graph)}
+    block = feedforward.site_above(consumer, stop.linears()) if isinstance(consumer, Linear) else None
+    if isinstance(block, FeedForward):
+        return _placed(HiddenLayer.of(block), place)
+    site = _channels(consumer, stop, place)
+    return site if isinstance(site, HiddenLayer) else None
+
+
+def operator_of(graph: ir.Graph, name: str) -> Operator | None:
+    """The Linear or Convolution whose output has a name."""
+    value = next((v for node in graph for v in node.outputs if v.name == name), None)
+    return None if value is None else OperatorsByOutput().get(value)
+
+
+class OperatorsByOutput(Mapping[ir.Value, Operator]):
+    """Operators by their outputs, read from the graph when they are asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[ir.Value, Operator | None] = {}
+
+    def __getitem__(self, value: ir.Value) -> Operator:
+        if value not in self._known:
+            self._known[value] = self._read(value)
+        found = self._known[value]
+        if found is None:
+            raise KeyError(value)
+        return found
+
+    def __iter__(self) -> Iterator[ir.Value]:
+        return iter([value for value, found in self._known.items() if found is not None])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def linears(self) -> Mapping[ir.Value, Linear]:
+        """The same without Convolutions."""
+        return _LinearsOf(self)
+
+    @staticmethod
+    def _read(value: ir.Value) -> Operator | None:
+        """What makes a tensor, or what makes the tensor that a bias was added to."""
+        node = value.producer()
+        if node is None:
+            return None
+        behind = [x.producer() for x in node.inputs if x is not None] if is_op(node, "Add") else []
+        for maker in (node, *behind):
+            found = None if maker is None else operator_at(maker)
+            if found is not None and not isinstance(found, Refusal) and found.output is value:
+                return found
+        return None
+
+
+class _LinearsOf(Mapping[ir.Value, Linear]):
+    """The Linears among operators."""
+
+    def __init__(self, operators: OperatorsByOutput) -> None:
+        self._operators = operators
+
+    def __getitem__(self, value: ir.Value) -> Linear:
+        found = self._operators[value]
+        if not isinstance(found, Linear):
+            raise KeyError(value)
+        return found
+
+    def __iter__(self) -> Iterator[ir.Value]:
+        return iter([value for value, found in self._operators.items() if isinstance(found, Linear)])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def _search(graph: ir.Graph) -> list[HiddenLayer | Refusal]:

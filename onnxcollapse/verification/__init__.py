@@ -5,6 +5,18 @@ from __future__ import annotations
 
 from onnxcollapse.verification.compare import Comparison, OutputComparison, compare
 from onnxcollapse.verification.metrics import METRICS, Metric, metric
-from onnxcollapse.verification.verifier import States, Verifier
+from onnxcollapse.verification.trials import Outcome, Trials, Variant
+from onnxcollapse.verification.verifier import Verifier
 
-__all__ = ["METRICS", "Comparison", "Metric", "OutputComparison", "States", "Verifier", "compare", "metric"]
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "Metric",
+    "Outcome",
+    "OutputComparison",
+    "Trials",
+    "Variant",
+    "Verifier",
+    "compare",
+    "metric",
+]

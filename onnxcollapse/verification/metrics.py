@@ -40,6 +40,8 @@ class Sums(ABC):
     """Whether an entry of -inf in the reference means a probability of 0."""
     masked: ClassVar[float] = 0.0
     """What stands for -inf."""
+    power: ClassVar[int] = 1
+    """The power of the error that adds up over independent changes: squares of a norm, divergences as they are."""
 
     @abstractmethod
     def add(self, got: np.ndarray, want: np.ndarray) -> None:
@@ -54,6 +56,7 @@ class RelL2(Sums):
     """sqrt(sum |got - want|^2 / sum |want|^2); against a reference of zeros 0 or infinite."""
 
     name = "rel-l2"
+    power = 2
 
     def __init__(self) -> None:
         self._difference = self._norm = 0.0
@@ -123,6 +126,11 @@ class Top1(_MeanOverRows):
 
 METRICS: dict[str, type[Sums]] = {kind.name: kind for kind in (RelL2, Cosine, Kl, Top1)}
 """The built-in metrics by name."""
+
+
+def additive_power(spec: str) -> int:
+    """The power of a metric's error that adds up over independent changes; 1 for a user's own."""
+    return METRICS[spec].power if spec in METRICS else 1
 
 
 def metric(spec: str) -> Metric:

@@ -3,49 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 
 from onnxcollapse.calibration.data import DataPart, Dataset
 from onnxcollapse.calibration.masks import is_cache_name
 from onnxcollapse.calibration.providers import Provider, chain
-from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Feeds, Walk
 from onnxcollapse.model.model import Model
 from onnxcollapse.verification import metrics
 
 CACHE_BYTES = 256 << 20
 """Reference outputs up to this size are kept, larger ones computed again."""
-
-
-@dataclass(frozen=True)
-class States:
-    """What a model's data is at each of its cut points, so that a candidate need not run from the start.
-
-    Attributes:
-        points: The cut points.
-        makes: The tensors computed before the first point, between each two, and behind the last.
-        walk: Holds the states.
-        part: The part of the data.
-        limit: How many samples of it.
-    """
-
-    points: tuple[str, ...]
-    makes: tuple[frozenset[str], ...]
-    walk: Walk
-    part: DataPart
-    limit: int | None
-
-    def place(self, tensors: Iterable[str]) -> int:
-        """The first segment in which one of these tensors is computed; 0 when none is known."""
-        wanted = set(tensors)
-        return next((index for index, made in enumerate(self.makes) if made & wanted), 0)
-
-    def __enter__(self) -> States:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.walk.close()
 
 
 class Verifier:
@@ -113,59 +81,14 @@ class Verifier:
             result.update(outputs, reference, batch)
         return result.value()
 
-    def states(
-        self, model: Model, points: Sequence[str], part: DataPart = "heldout", limit: int | None = None
-    ) -> States:
-        """Runs a model once and keeps its states, on disk, for candidates that differ from it in one place.
-
-        Args:
-            model: The model that candidates are made from.
-            points: Its cut points.
-            part: The part of the data.
-            limit: About how many samples of it, None for all.
-        """
-        walk = Walk(model, self._data, points, parts=[part], limit=limit, provider=self._provider)
-        makes = tuple(segment.makes for segment in walk.segments)
-        walk.run(self._wanted(model), keep=True)
-        return States(tuple(points), makes, walk, part, limit)
-
-    def error_from(self, states: States, place: int, model: Model) -> float:
-        """The error of a candidate by running only what lies behind a point.
-
-        Args:
-            states: Those of the model it was made from.
-            place: The first segment in which the candidate differs.
-            model: The candidate.
-
-        Returns:
-            As `error` for the part and limit of the states.
-        """
-        if place == 0:
-            return self.error(model, states.part, states.limit)
-        cuts = states.points if self.cuts else states.points[place - 1 : place]
-        result = metrics.metric(self.metric)
-        walk = Walk(
-            model,
-            self._data,
-            cuts,
-            parts=[states.part],
-            limit=states.limit,
-            provider=self._provider,
-            tape=Tape(states.walk.tape),
-            place=place if self.cuts else 1,
-        )
-        for batch, outputs, reference in self._pairs(walk, model, states.part, states.limit):
-            result.update(outputs, reference, batch)
-        return result.value()
-
     def _pairs(
         self, walk: Walk, model: Model, part: DataPart, limit: int | None
     ) -> Iterator[tuple[Feeds, Feeds, Feeds]]:
         """Every batch with the candidate's and the reference's outputs; only the last segment's are in memory."""
-        wanted = self._wanted(model)
+        wanted = self.wanted(model)
         try:
             walk.run(wanted)
-            for step, reference in zip(walk.finish(wanted), self._references(part, limit), strict=True):
+            for step, reference in zip(walk.finish(wanted), self.references(part, limit), strict=True):
                 yield step.batch, step.outputs, reference
             self._obtained = walk.provider
         finally:
@@ -185,20 +108,20 @@ class Verifier:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _wanted(self, model: Model) -> list[str]:
-        """All outputs for a user's metric; what it takes to run without the caches for a built-in one."""
+    def wanted(self, model: Model) -> list[str]:
+        """Outputs that the metric looks at: all for a user's, for a built-in one those that are no caches."""
         names = [spec.name for spec in model.signature().outputs]
         if self.metric not in metrics.METRICS:
             return names
         return [name for name in names if not is_cache_name(name)] or names
 
-    def _references(self, part: DataPart, limit: int | None) -> Iterator[Feeds]:
-        """The reference's outputs batch by batch: from memory where they are there, else from its last segment."""
+    def references(self, part: DataPart, limit: int | None = None) -> Generator[Feeds]:
+        """Gives the reference's outputs by batch: from memory where they are there, else from its last segment."""
         key = (part, limit)
         if key in self._cache:
             yield from self._cache[key]
             return
-        wanted = self._wanted(self._reference)
+        wanted = self.wanted(self._reference)
         if key not in self._walks:
             walk = Walk(
                 self._reference, self._data, self.cuts, parts=[part], limit=limit, provider=self._provider

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
+
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -10,12 +12,10 @@ from onnxcollapse import Proposal, Saving
 from onnxcollapse.rewriting.selection import (
     Candidate,
     admit,
-    affordable,
+    choose,
     compatible,
-    most_saving,
     node_key,
     ranked,
-    reaching,
 )
 from tests.rewriting.branches import Drop
 
@@ -67,20 +67,64 @@ def test_what_saves_nothing_comes_last_but_what_was_asked_for_first():
     assert names(ranked(items)) == "xba"
 
 
-@pytest.mark.parametrize(
-    "cap, expected", [(0.0, ""), (0.125, "a"), (0.374, "a"), (0.375, "ab"), (0.874, "ab"), (0.875, "abc")]
-)
-def test_affordable_is_the_longest_run_within_the_cap(cap, expected):
-    items = [candidate("a", impact=0.125), candidate("b", impact=0.25), candidate("c", impact=0.5)]
-    assert names(affordable(items, cap)) == expected
+def best(items, measure, needed, allowed, power):
+    """The least cost, or the most saved, over all selections."""
+    found = None
+    for taken in itertools.product([False, True], repeat=len(items)):
+        group = [item for item, take in zip(items, taken, strict=True) if take]
+        nodes = [node for item in group for node in item.nodes]
+        cost = sum(item.impact**power for item in group)
+        saved = sum(item.saving.of(measure) for item in group)
+        if len(set(nodes)) < len(nodes) or cost > allowed**power * (1 + 1e-9):
+            continue
+        if needed is not None and saved < needed:
+            continue
+        score = cost if needed is not None else -saved
+        found = score if found is None else min(found, score)
+    return found
 
 
-@pytest.mark.parametrize(
-    "needed, expected", [(0, ""), (1, "a"), (2, "a"), (3, "ab"), (6, "abc"), (99, "abc")]
+VARIANTS = st.lists(
+    st.tuples(st.integers(1, 50), st.floats(0.01, 1), st.sampled_from(["1", "2", "3", "12", "4"])),
+    min_size=1,
+    max_size=8,
 )
-def test_reaching_is_the_shortest_run_that_saves_enough(needed, expected):
-    items = [candidate("a", params=2), candidate("b", params=2), candidate("c", params=2)]
-    assert names(reaching(items, "params", needed)) == expected
+
+
+@given(
+    items=VARIANTS, needed=st.none() | st.integers(1, 120), allowed=st.floats(0.1, 2), power=st.integers(1, 2)
+)
+def test_choose_is_as_good_as_any_selection(items, needed, allowed, power):
+    found = [
+        candidate(f"{place}", params=params, impact=impact, nodes=nodes, position=place)
+        for place, (params, impact, nodes) in enumerate(items)
+    ]
+    allowed = 1e9 if needed is not None else allowed
+    chosen = choose(found, "params", needed=needed, allowed=allowed, power=power)
+    assert compatible(chosen) == chosen
+    assert [item.position for item in chosen] == sorted(item.position for item in chosen)
+    cost, saved = sum(item.impact**power for item in chosen), sum(item.saving.params for item in chosen)
+    assert cost <= allowed**power * (1 + 1e-6)
+    reachable = best(found, "params", needed, allowed, power)
+    if needed is None:
+        assert saved == -reachable
+    elif reachable is None:  # no selection saves enough: the one that saves most
+        assert saved == -best(found, "params", None, allowed, power)
+    else:
+        assert saved >= needed
+        assert cost == pytest.approx(reachable, rel=1e-3, abs=1e-6)
+
+
+def test_choose_takes_nothing_where_nothing_is_allowed_and_all_that_is_free():
+    items = [candidate("a", impact=0.1), candidate("b", impact=0.0)]
+    assert names(choose(items, "params", allowed=0.0)) == "b"
+    assert choose([], "params", needed=3) == []
+
+
+def test_errors_of_a_norm_add_up_in_squares():
+    items = [candidate("a", impact=0.6), candidate("b", impact=0.8)]
+    assert names(choose(items, "params", allowed=1.0, power=2)) == "ab"
+    assert len(choose(items, "params", allowed=1.0, power=1)) == 1
 
 
 def test_a_node_is_known_again_in_a_copy_and_not_by_its_name_alone():
@@ -166,11 +210,3 @@ def test_admit_under_a_budget_of_sums_is_maximal(costs, cap):
     done = Recorder(allowed).run("".join(table))
     assert allowed(set(done.kept))
     assert not any(allowed({*done.kept, letter}) for letter in done.refused)
-
-
-def test_most_saving_takes_the_larger_variant_of_a_site():
-    small = candidate("a", params=10, impact=0.01, nodes="1")
-    large = candidate("b", params=30, impact=0.5, nodes="1")
-    other = candidate("c", params=20, impact=0.1, nodes="2")
-    assert names(most_saving([small, large, other], "params")) == "bc"
-    assert names(ranked([small, large, other], "params")) == "ac"

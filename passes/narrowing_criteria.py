@@ -79,6 +79,11 @@ def pays_from(layer: HiddenLayer) -> float:
     return block.d_in * block.d_out / (incoming + block.d_out)
 
 
+def path_rank(d_in: int) -> int:
+    """The limited rank of a path, a multiple of 8 where it is that large."""
+    return max(d_in // RANK_SHARE // 8 * 8, 1)
+
+
 def by_residual(
     layer: HiddenLayer,
     fit: GramMatrix,
@@ -112,7 +117,7 @@ def by_residual(
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
-            if only is None or only.path == "low":
+            if layer.d_out > path_rank(fit.widths[0]) and (only is None or only.path == "low"):
                 found.append(_limited(count, whole, fit, heldout))
     return found
 
@@ -230,7 +235,7 @@ def _limited(count: int, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix)
     S' C S give the directions x S V that stand for x (Izenman 1975, partial form).
     """
     d_in = fit.widths[0]
-    rank = max(d_in // RANK_SHARE // 8 * 8, 1)
+    rank = path_rank(d_in)
     path = whole.matrix[:d_in]
     C = _conditional(fit, fit.columns(1), fit.columns(2)[whole.keep])
     _, vectors = linalg.eigh(path.T @ C @ path, subset_by_index=(path.shape[1] - rank, path.shape[1] - 1))

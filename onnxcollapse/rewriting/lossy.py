@@ -21,7 +21,7 @@ from onnxcollapse.calibration import Dataset, Plan
 from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
-from onnxcollapse.rewriting.fitting import Fitter, Place
+from onnxcollapse.rewriting.fitting import Fitter, Place, apply
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
 from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
 from onnxcollapse.rewriting.pricing import Pricer
@@ -42,7 +42,10 @@ ATTEMPTS = 5
 NEAR = 0.9
 """Share of the budget from which on it counts as spent."""
 
-CLOSE = 0.01
+SIZINGS = 16
+"""Selections that are sized, without data, to meet a target."""
+
+CLOSE = 0.005
 """Share of the model that may be saved beyond the target."""
 
 
@@ -57,13 +60,12 @@ class _Failure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Trial:
-    """A model with some candidates applied and fitted, its error, and whether it saves what is needed."""
+    """A model with some candidates applied and fitted, and its error."""
 
     model: Model
     chosen: tuple[Candidate, ...]
     done: Mapping[tuple[str, str, str], Proposal]
     error: float
-    enough: bool = False
 
 
 class LossyStage:
@@ -209,28 +211,46 @@ class LossyStage:
     def _as_much_as_needed(
         self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
     ) -> _Trial | None:
-        """Reaches the target at the least error: savings of neighbours overlap, so what is asked for follows."""
-        power, wanted = additive_power(self._budget.metric), self._missing()
-        before = extent(start, self._shapes).of(self._measure)
-        best: _Trial | None = None
-        ask, seen = wanted, set[frozenset[Any]]()
-        for _ in range(ATTEMPTS):
+        """Reaches the target at the least error."""
+        chosen = self._reaching(start, kept, rest, self._missing())
+        trial = self._attempt(start, [*kept, *chosen]) if chosen else None
+        return trial if trial is not None and self._fits(trial) else None
+
+    def _reaching(
+        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate], wanted: float
+    ) -> list[Candidate]:
+        """Chooses what saves enough; where savings of neighbours overlap, more is asked for until it does."""
+        power, before = additive_power(self._budget.metric), extent(start, self._shapes).of(self._measure)
+        low, high, ask = 0.0, math.inf, wanted
+        best: list[Candidate] = []
+        for _ in range(SIZINGS):
             chosen = choose(rest, self._measure, needed=ask, power=power)
-            selection = frozenset(item.key for item in chosen)
-            if not chosen or selection in seen:
-                break
-            seen.add(selection)
-            trial = self._attempt(start, [*kept, *chosen])
-            if trial is None or not self._fits(trial):
-                return best
-            saved = before - extent(trial.model, self._shapes).of(self._measure)
-            enough = saved >= wanted
-            if best is None or not best.enough or (enough and trial.error < best.error):
-                best = dataclasses.replace(trial, enough=enough)
-            if enough and saved - wanted <= CLOSE * before:
-                break
-            ask *= wanted / max(saved, 1)
-        return best
+            if not chosen or not _overlap(chosen):
+                return best or chosen
+            saved = before - self._size(start, [*kept, *chosen])
+            if saved >= wanted:
+                best, high = chosen, ask
+                if saved - wanted <= CLOSE * before:
+                    break
+            else:
+                low = ask
+            wider = ask * min(max(wanted / max(saved, 1.0), 1.01) ** 1.5, 2.0)
+            ask = (low + high) / 2 if math.isfinite(high) else wider
+            if sum(item.saving.of(self._measure) for item in chosen) < low:
+                break  # this is all there is
+        return best or chosen
+
+    def _size(self, model: Model, chosen: Sequence[Candidate]) -> float:
+        """What a model with the chosen measures, as they were fitted for their own; as it is where they do not fit."""
+        trial = model.clone()
+        try:
+            for item in sorted(chosen, key=lambda item: item.position):
+                apply(trial, item.maker, item.proposal)
+        except ModelError as problem:
+            logger.debug("the selection cannot be sized: %s", problem)
+            saved = sum(item.saving.of(self._measure) for item in chosen)
+            return extent(model, self._shapes).of(self._measure) - saved
+        return extent(trial, self._shapes).of(self._measure)
 
     def _candidates(self, model: Model) -> list[Candidate]:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
@@ -352,3 +372,9 @@ class LossyStage:
         self._journal.add(
             Entry(outcome, maker, site, variant, reason, predicted, impact, error, candidate.saving)
         )
+
+
+def _overlap(chosen: Sequence[Candidate]) -> bool:
+    """Whether some share a weight: what one yields is what makes the channels of another."""
+    made = {name for item in chosen for name in item.tensors}
+    return any(item.proposal.site in made for item in chosen)

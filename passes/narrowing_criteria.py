@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import linalg
 
-from onnxcollapse.calibration.leastsquares import RIDGES, relative_error
+from onnxcollapse.calibration.leastsquares import RIDGES, leading, relative_error
 from onnxcollapse.calibration.statistics import GramMatrix, MomentSums
 from onnxcollapse.calibration.subset import SubsetFit, eliminate, refit_subset
 from onnxcollapse.structure import FeedForward, HiddenLayer, prelu_slope
@@ -107,13 +107,13 @@ def by_residual(
     found = []
     plain = counts if only is None else [c for c in counts if only.path == "none"]
     if plain:
-        fits = eliminate(fit, heldout, place, place + 1, plain, group=layer.group)
+        fits = eliminate(fit, heldout, place, place + 1, plain, group=layer.group, one_ridge=only is None)
         found += [_of(Choice(f_count), f) for f_count, f in zip(plain, fits, strict=True)]
     if not with_input:
         return found
-    paying = [c for c in counts if layer.width - c > pays_from(layer)] if only is None else list(counts)
+    paying = [c for c in counts if layer.width - c > pays_from(layer)][::2] if only is None else list(counts)
     if paying and (only is None or only.path != "none"):
-        fits = eliminate(fit, heldout, 2, 3, paying, fixed=1, group=layer.group)
+        fits = eliminate(fit, heldout, 2, 3, paying, fixed=1, group=layer.group, one_ridge=only is None)
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
@@ -238,10 +238,9 @@ def _limited(count: int, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix)
     rank = path_rank(d_in)
     path = whole.matrix[:d_in]
     C = _conditional(fit, fit.columns(1), fit.columns(2)[whole.keep])
-    _, vectors = linalg.eigh(path.T @ C @ path, subset_by_index=(path.shape[1] - rank, path.shape[1] - 1))
-    basis = path @ vectors[:, ::-1]
+    basis = path @ leading(path.T @ C @ path, rank)
     here, there = fit.projected(0, basis), heldout.projected(0, basis)
-    found = refit_subset(here, there, 2, 3, whole.keep, fixed=1, ridges=RIDGES)
+    found = refit_subset(here, there, 2, 3, whole.keep, fixed=1, ridges=(whole.ridge,))
     detail = f"rank {rank}, ridge {found.ridge:g}"
     skip = (basis, found.matrix[:rank])
     return Fitted(

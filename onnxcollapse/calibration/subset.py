@@ -50,6 +50,7 @@ def eliminate(
     group: int = 1,
     ridges: Sequence[float] = RIDGES,
     weights: np.ndarray | None = None,
+    one_ridge: bool = False,
 ) -> list[SubsetFit]:
     """Keeps the groups of features that the targets can least do without, and fits the targets to them again.
 
@@ -70,6 +71,7 @@ def eliminate(
         ridges: Strengths to try, relative to the mean feature variance.
         weights: float64 [q], what the squared error of each target counts in the choice of the groups; the
             refit, the choice of the ridge and the errors do not depend on it.
+        one_ridge: Refit every count with the strength that is best for all groups, which takes a quarter of the time.
 
     Returns:
         A fit for each count, in their order; the smaller sets are parts of the larger.
@@ -83,6 +85,9 @@ def eliminate(
     if not len(counts) or any(count != int(count) or not 0 <= count <= groups for count in counts):
         raise OptionError(f"counts {tuple(counts)} of must be whole and 0 to {groups}; correct them")
     _check_weights(weights, len(layout.targets))
+    if one_ridge:
+        everything = np.concatenate([layout.fixed, layout.removable.ravel()])
+        ridges = (_elimination_ridge(fit, heldout, everything, layout, ridges),)
     order = _order(fit, heldout, layout, groups - int(min(counts)), ridges, weights)
     fits: dict[int, SubsetFit] = {}
     for count in set(map(int, counts)):

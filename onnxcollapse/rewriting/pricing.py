@@ -27,7 +27,7 @@ from onnxcollapse.verification import Outcome, Trials, Variant, Verifier
 
 logger = logging.getLogger(__name__)
 
-ANCHORS = 3
+ANCHORS = 5
 """Variants of a site that are measured: the one that fits best, the worst, and those between."""
 
 FORWARDS = 2.0

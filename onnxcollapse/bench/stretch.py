@@ -69,7 +69,7 @@ class StretchTimer:
             provider: See open_session.
             rounds: Timings of each stretch, of which the median counts.
             warmup: Untimed calls before.
-            min_seconds: A stretch is repeated inside one timing until that lasts about so long.
+            min_seconds: A stretch is repeated in its turn until that lasts about so long.
         """
         self._sample, self._provider = dict(sample), provider
         self._rounds, self._warmup, self._min_seconds = rounds, warmup, min_seconds

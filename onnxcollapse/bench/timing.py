@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 LEAST_ROUNDS = 3
 MOST_REPEATS = 10_000
@@ -19,7 +20,7 @@ class Timing:
 
     Attributes:
         seconds: Seconds of a call, one number for each round.
-        repeats: Calls that each of them is the mean of.
+        repeats: Calls that each of them is the median of.
     """
 
     seconds: tuple[float, ...]
@@ -63,14 +64,15 @@ def interleaved(
 ) -> list[Timing]:
     """Times calls in turns: each once a round, the order turned round from one round to the next.
 
-    Before each timing the call is made once untimed, because the one before it has left its data in the caches and
-    its threads spinning.
+    Before each turn the call is made once untimed, because the one before it has left its data in the caches and
+    its threads spinning. Calls are timed singly and the median of a turn counts: on a machine that does other work,
+    some wait for a processor, ten times as long as they run, and would make up a mean.
 
     Args:
         calls: What is timed; each has to be over when it returns.
-        rounds: Timings of each call.
+        rounds: Turns of each call.
         warmup: Untimed calls of each before the first round, at least 1.
-        min_seconds: A call is repeated inside one timing until that lasts about so long.
+        min_seconds: A call is repeated in its turn until that lasts about so long.
         limit: Seconds that all rounds together should not exceed: then there are fewer, but never below 3.
         clock: Returns seconds.
 
@@ -104,7 +106,9 @@ def _repeats(seconds: float, wanted: float) -> int:
 
 
 def _time(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
-    began = clock()
+    """Returns the median of some calls in seconds."""
+    marks = [clock()]
     for _ in range(repeats):
         call()
-    return (clock() - began) / repeats
+        marks.append(clock())
+    return statistics.median(after - before for before, after in pairwise(marks))

@@ -52,13 +52,21 @@ def test_slow_first_calls_do_not_count():
     assert timing.seconds == (1.0,) * 4
 
 
-def test_short_calls_are_repeated_inside_a_timing():
+def test_short_calls_are_repeated_in_a_turn():
     bench = Bench()
     short, long = interleaved(
         [bench.call("a", 0.25), bench.call("b", 4.0)], rounds=2, min_seconds=1.0, clock=bench.clock
     )
     assert (short.repeats, long.repeats) == (4, 1)
     assert (short.median, long.median) == (0.25, 4.0)
+
+
+def test_calls_that_had_to_wait_do_not_count():
+    bench = Bench()
+    call = bench.call("a", 1.0, 1.0, 1.0, 1.0, 40.0, 1.0, 40.0, 1.0)
+    (timing,) = interleaved([call], rounds=1, min_seconds=5.0, clock=bench.clock)
+    assert (timing.median, timing.repeats) == (1.0, 5)
+    assert bench.now == 3 + 1 + 3 + 80
 
 
 def test_a_limit_takes_rounds_away_but_never_all():

@@ -21,6 +21,7 @@ from onnxcollapse.calibration import Dataset, Plan
 from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.extents import Extents
 from onnxcollapse.rewriting.fitting import Fitter, Place, apply
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
 from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
@@ -35,7 +36,6 @@ from onnxcollapse.rewriting.selection import (
     ranked,
     reaching,
 )
-from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import States, Verifier
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class LossyStage:
         verifier: Measures the error against the model that the user gave.
         budget: What is accepted and wanted.
         journal: Receives every outcome.
-        original: The user's model, before the exact stage; a target is a share of it.
+        extents: How large models are, and what is missing to the target.
         plan: Where models are cut to be run.
         provider: Where statistics are computed.
         progress: Told how far the work is.
@@ -80,21 +80,20 @@ class LossyStage:
         budget: Budget,
         journal: Journal,
         *,
-        original: Model,
+        extents: Extents,
         plan: Plan,
         provider: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         self._model = model
         self._passes = passes
-        self._shapes = data.shapes()
         self._verifier = verifier
         self._budget = budget
         self._journal = journal
         self._plan = plan
         self._progress = progress or Progress()
         self._fitter = Fitter(model.clone(), data, plan, provider, self._progress)
-        self._whole = extent(original, self._shapes)
+        self._extents = extents
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self._offered: dict[tuple[str, str, frozenset[str]], frozenset[Any]] = {}
         self._waiting: dict[tuple[str, str, str], Candidate] = {}
@@ -115,11 +114,7 @@ class LossyStage:
 
     def _missing(self) -> float:
         """How much still has to be saved for the target; infinite without one, so that all that fits is saved."""
-        target = self._budget.target
-        if target is None:
-            return math.inf
-        left = extent(self._model, self._shapes).of(target.measure)
-        return left - target.share * self._whole.of(target.measure)
+        return self._extents.missing(self._model)
 
     # One round
 
@@ -128,7 +123,7 @@ class LossyStage:
         start, self._began = self._model.clone(), len(self._journal.entries)
         priced = self._price(start, self._candidates(start), number)
         self._waiting |= {candidate.key: candidate for candidate in priced}
-        measure = self._budget.target.measure if self._budget.target else "params"
+        measure = self._extents.measure
         queue = ranked(priced, measure)
         if sum(candidate.saving.of(measure) for candidate in queue) < self._missing() < math.inf:
             queue = most_saving(priced, measure)
@@ -150,7 +145,7 @@ class LossyStage:
         if self._budget.target is None:
             first = affordable(queue, self._budget.cap - self.error)
         else:
-            first = reaching(queue, measure, math.ceil(self._missing()))
+            first = reaching(queue, measure, self._missing())
         yield first
         for candidate in queue[len(first) :]:
             yield [candidate]
@@ -193,7 +188,7 @@ class LossyStage:
         Only what lies behind the candidate's layer runs. Variants of a site that fit worse than one that broke the
         budget are not run: the error at the site ranks variants of one site.
         """
-        priced, whole = [], extent(start, self._shapes)
+        priced, whole = [], self._extents.of(start)
         broke: dict[tuple[str, str], float] = {}
         with (
             self._progress.task(f"round {number + 1}: pricing", len(candidates)) as task,
@@ -226,7 +221,7 @@ class LossyStage:
             apply(trial, candidate.maker, candidate.proposal)
         except ModelError as error:
             return str(error), Saving(), math.inf
-        saving = whole - extent(trial, self._shapes)
+        saving = self._extents.saving(start, whole, trial, candidate)
         objection = self._objection(candidate.maker, saving)
         if objection is not None:
             return objection, saving, math.inf

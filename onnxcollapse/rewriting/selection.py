@@ -75,7 +75,7 @@ def most_saving(candidates: Sequence[Candidate], measure: str) -> list[Candidate
     For a target that the cheapest variants of all sites together do not reach.
     """
 
-    def order(candidate: Candidate) -> tuple[bool, int, float]:
+    def order(candidate: Candidate) -> tuple[bool, float, float]:
         return not candidate.maker.on_request, -candidate.saving.of(measure), candidate.impact
 
     return compatible(sorted(candidates, key=order))
@@ -95,9 +95,9 @@ def affordable(candidates: Sequence[Candidate], cap: float) -> list[Candidate]:
     return chosen
 
 
-def reaching(candidates: Sequence[Candidate], measure: str, needed: int) -> list[Candidate]:
+def reaching(candidates: Sequence[Candidate], measure: str, needed: float) -> list[Candidate]:
     """Returns the shortest run from the front that saves at least `needed`, or all when none does."""
-    saved, chosen = 0, []
+    saved, chosen = 0.0, []
     for candidate in candidates:
         if saved >= needed:
             break

@@ -60,6 +60,7 @@ class StretchTimer:
         *,
         rounds: int = 9,
         warmup: int = 3,
+        repeats: int = 5,
         min_seconds: float = 0.002,
     ) -> None:
         """Prepares a timer; nothing runs yet.
@@ -67,12 +68,14 @@ class StretchTimer:
         Args:
             sample: Feeds of one sample, or of one batch where the models fix its size, by input name.
             provider: See open_session.
-            rounds: Timings of each stretch, of which the median counts.
+            rounds: Turns of each stretch; the median over them counts (see Timing.steady).
             warmup: Untimed calls before.
-            min_seconds: A stretch is repeated in its turn until that lasts about so long.
+            repeats: Runs in a turn.
+            min_seconds: There are more where a turn would not last about so long.
         """
         self._sample, self._provider = dict(sample), provider
-        self._rounds, self._warmup, self._min_seconds = rounds, warmup, min_seconds
+        self._rounds, self._warmup = rounds, warmup
+        self._repeats, self._min_seconds = repeats, min_seconds
         self._known: dict[tuple[str, ...], tuple[float, ...]] = {}
         self.measured = 0
 
@@ -214,11 +217,12 @@ class StretchTimer:
                     calls,
                     rounds=self._rounds,
                     warmup=self._warmup,
+                    repeats=self._repeats,
                     min_seconds=self._min_seconds,
                     limit=LIMIT,
                 )
             self.measured += len(timings)
-            self._known[key] = tuple(timing.median for timing in timings)
+            self._known[key] = tuple(timing.steady for timing in timings)
         seconds = dict(zip(key, self._known[key], strict=True))
         return tuple(seconds[stretch.key] for stretch in stretches)
 

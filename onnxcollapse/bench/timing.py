@@ -16,38 +16,45 @@ MOST_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes.
+    """How long calls take.
 
     Attributes:
-        seconds: Seconds of a call, one number for each round.
-        repeats: Calls that each of them is the median of.
+        rounds: Seconds of every single call, round by round.
     """
 
-    seconds: tuple[float, ...]
-    repeats: int = 1
+    rounds: tuple[tuple[float, ...], ...]
+
+    @property
+    def calls(self) -> list[float]:
+        """Seconds of every call, shortest first."""
+        return sorted(seconds for turn in self.rounds for seconds in turn)
 
     @property
     def median(self) -> float:
-        """Median over the rounds, in seconds."""
-        return statistics.median(self.seconds)
+        """Median of all calls, in seconds: what a user waits."""
+        return statistics.median(self.calls)
 
     @property
-    def fastest(self) -> float:
-        """The fastest round, in seconds."""
-        return min(self.seconds)
+    def steady(self) -> float:
+        """Median over the rounds of the fastest call of each, in seconds: what to compare by.
+
+        Where other work runs on the machine, a call that waits for a processor takes ten times as long as it runs, and
+        of a model with many parallel operators most calls do. Waiting only ever adds.
+        """
+        return statistics.median(map(min, self.rounds))
 
     @property
     def spread(self) -> float:
-        """Distance between the quartiles of the rounds, in seconds."""
+        """Distance between the quartiles of all calls, in seconds."""
         return self.quantile(0.75) - self.quantile(0.25)
 
     def quantile(self, share: float) -> float:
-        """The time that this share of the rounds stays under, in seconds, interpolated between rounds.
+        """The time that this share of the calls stays under, in seconds, interpolated between calls.
 
         Args:
             share: In [0, 1].
         """
-        ordered = sorted(self.seconds)
+        ordered = self.calls
         place = share * (len(ordered) - 1)
         low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
         return low + (high - low) * (place - math.floor(place))
@@ -58,57 +65,60 @@ def interleaved(
     *,
     rounds: int = 9,
     warmup: int = 3,
+    repeats: int = 5,
     min_seconds: float = 0.002,
     limit: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
-    """Times calls in turns: each once a round, the order turned round from one round to the next.
+    """Times calls in turns: each has one a round, and the order is turned round from one round to the next.
 
-    Before each turn the call is made once untimed, because the one before it has left its data in the caches and
-    its threads spinning. Calls are timed singly and the median of a turn counts: on a machine that does other work,
-    some wait for a processor, ten times as long as they run, and would make up a mean.
+    Each turn begins with an untimed call, because the turn before it has left its data in the caches and its threads
+    spinning.
 
     Args:
         calls: What is timed; each has to be over when it returns.
         rounds: Turns of each call.
         warmup: Untimed calls of each before the first round, at least 1.
-        min_seconds: A call is repeated in its turn until that lasts about so long.
-        limit: Seconds that all rounds together should not exceed: then there are fewer, but never below 3.
+        repeats: Calls in a turn, each timed by itself.
+        min_seconds: There are more calls in a turn where it would not last about so long.
+        limit: Seconds that all turns together should not exceed: then there are fewer calls in each, and then fewer
+            rounds, but never less than 3 of one.
         clock: Returns seconds.
 
     Returns:
         A timing for each call, in the order given.
     """
-    expected = [_warm_up(call, max(warmup, 1), clock) for call in calls]
-    repeats = [_repeats(seconds, min_seconds) for seconds in expected]
-    one_round = sum((count + 1) * seconds for count, seconds in zip(repeats, expected, strict=True))
-    if one_round * rounds > limit:
-        rounds = min(rounds, max(int(limit / one_round), LEAST_ROUNDS))
-    taken: list[list[float]] = [[] for _ in calls]
+    expected = [min(_time(call, max(warmup, 1), clock)) for call in calls]
+    wanted = [_repeats(seconds, repeats, min_seconds) for seconds in expected]
+    shrink = min(limit / max(_seconds(expected, wanted) * rounds, 1e-9), 1.0)
+    counts = [max(int(count * shrink), 1) for count in wanted]
+    fit = int(limit / _seconds(expected, counts)) if shrink < 1.0 else rounds
+    rounds = min(rounds, max(fit, LEAST_ROUNDS))
+    taken: list[list[tuple[float, ...]]] = [[] for _ in calls]
     order = list(range(len(calls)))
     for _ in range(rounds):
         for index in order:
             calls[index]()
-            taken[index].append(_time(calls[index], repeats[index], clock))
+            taken[index].append(_time(calls[index], counts[index], clock))
         order.reverse()
-    return [Timing(tuple(seconds), count) for seconds, count in zip(taken, repeats, strict=True)]
+    return [Timing(tuple(turns)) for turns in taken]
 
 
-def _warm_up(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
-    """Returns the fastest of some calls in seconds."""
-    return min(_time(call, 1, clock) for _ in range(times))
+def _repeats(seconds: float, least: int, min_seconds: float) -> int:
+    """How often a call that takes some seconds is made in a turn."""
+    filling = math.ceil(min_seconds / seconds) if seconds > 0.0 else MOST_REPEATS
+    return max(min(filling, MOST_REPEATS), least, 1)
 
 
-def _repeats(seconds: float, wanted: float) -> int:
-    if seconds <= 0.0:
-        return MOST_REPEATS if wanted > 0.0 else 1
-    return min(max(math.ceil(wanted / seconds), 1), MOST_REPEATS)
+def _seconds(expected: Sequence[float], counts: Sequence[int]) -> float:
+    """How long a round takes, untimed calls included."""
+    return sum((count + 1) * seconds for count, seconds in zip(counts, expected, strict=True))
 
 
-def _time(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
-    """Returns the median of some calls in seconds."""
+def _time(call: Callable[[], object], times: int, clock: Callable[[], float]) -> tuple[float, ...]:
+    """Makes a call some times; returns the seconds of each."""
     marks = [clock()]
-    for _ in range(repeats):
+    for _ in range(times):
         call()
         marks.append(clock())
-    return statistics.median(after - before for before, after in pairwise(marks))
+    return tuple(after - before for before, after in pairwise(marks))

@@ -14,7 +14,7 @@ from onnxcollapse.model import edit
 from tests.support import Net, mlp, rows
 
 D = 64
-QUICK = {"rounds": 3, "warmup": 1, "min_seconds": 0.0}
+QUICK = {"rounds": 3, "warmup": 1, "repeats": 3, "min_seconds": 0.0}
 
 
 def timer(width: int = D, samples: int = 4, **options) -> StretchTimer:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcollapse.bench.eviction import eviction, passage
 from onnxcollapse.bench.likeness import SMALL_INDEX, likeness
 from onnxcollapse.bench.timing import interleaved
 from onnxcollapse.calibration.segments import Segment, extract
 from onnxcollapse.calibration.sessions import Session, adopt, main_values, open_session
 from onnxcollapse.errors import ModelError, OnnxCollapseError
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, size
 from onnxcollapse.model.operations import concrete
 
 LIMIT = 10.0
@@ -36,6 +37,7 @@ class _Stretch:
 
     Attributes:
         whole: The model that it is a part of.
+        rest: Bytes to read between two runs, in the place of the rest of the model.
         computed: Inputs that are fed what the whole model computes there.
     """
 
@@ -43,6 +45,7 @@ class _Stretch:
     feeds: dict[str, np.ndarray]
     key: str
     whole: Model
+    rest: int = 0
     computed: tuple[str, ...] = ()
 
 
@@ -178,7 +181,8 @@ class StretchTimer:
         except ValueError as error:
             raise ModelError(f"'{output}' needs more than {', '.join(names)}: {error}") from error
         feeds, computed = self._feeds(part, tensors)
-        return _Stretch(part, feeds, likeness(part, feeds), model, computed)
+        rest = passage(size(model).bytes - size(part).bytes)
+        return _Stretch(part, feeds, f"{likeness(part, feeds)} {rest}", model, rest, computed)
 
     def _feeds(
         self, part: Model, tensors: Mapping[str, Kind]
@@ -213,12 +217,14 @@ class StretchTimer:
                     session, feeds = self._open(stretch)
                     stack.enter_context(session)
                     calls.append(session.prepared(feeds))
+                rest = max(stretch.rest for stretch in stretches)
                 timings = interleaved(
                     calls,
                     rounds=self._rounds,
                     warmup=self._warmup,
                     repeats=self._repeats,
                     min_seconds=self._min_seconds,
+                    between=stack.enter_context(eviction(rest, self._provider)),
                     limit=LIMIT,
                 )
             self.measured += len(timings)

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 LEAST_ROUNDS = 3
 MOST_REPEATS = 10_000
@@ -67,6 +66,7 @@ def interleaved(
     warmup: int = 3,
     repeats: int = 5,
     min_seconds: float = 0.002,
+    between: Callable[[], object] | None = None,
     limit: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
@@ -81,6 +81,7 @@ def interleaved(
         warmup: Untimed calls of each before the first round, at least 1.
         repeats: Calls in a turn, each timed by itself.
         min_seconds: There are more calls in a turn where it would not last about so long.
+        between: Called before every call, untimed.
         limit: Seconds that all turns together should not exceed: then there are fewer calls in each, and then fewer
             rounds, but never less than 3 of one.
         clock: Returns seconds.
@@ -88,18 +89,20 @@ def interleaved(
     Returns:
         A timing for each call, in the order given.
     """
-    expected = [min(_time(call, max(warmup, 1), clock)) for call in calls]
+    expected = [min(_time(call, max(warmup, 1), clock, between)) for call in calls]
+    gap = 0.0 if between is None else min(_time(between, 2, clock))
+    full = [seconds + gap for seconds in expected]
     wanted = [_repeats(seconds, repeats, min_seconds) for seconds in expected]
-    shrink = min(limit / max(_seconds(expected, wanted) * rounds, 1e-9), 1.0)
+    shrink = min(limit / max(_seconds(full, wanted) * rounds, 1e-9), 1.0)
     counts = [max(int(count * shrink), 1) for count in wanted]
-    fit = int(limit / _seconds(expected, counts)) if shrink < 1.0 else rounds
+    fit = int(limit / _seconds(full, counts)) if shrink < 1.0 else rounds
     rounds = min(rounds, max(fit, LEAST_ROUNDS))
     taken: list[list[tuple[float, ...]]] = [[] for _ in calls]
     order = list(range(len(calls)))
     for _ in range(rounds):
         for index in order:
             calls[index]()
-            taken[index].append(_time(calls[index], counts[index], clock))
+            taken[index].append(_time(calls[index], counts[index], clock, between))
         order.reverse()
     return [Timing(tuple(turns)) for turns in taken]
 
@@ -115,10 +118,18 @@ def _seconds(expected: Sequence[float], counts: Sequence[int]) -> float:
     return sum((count + 1) * seconds for count, seconds in zip(counts, expected, strict=True))
 
 
-def _time(call: Callable[[], object], times: int, clock: Callable[[], float]) -> tuple[float, ...]:
+def _time(
+    call: Callable[[], object],
+    times: int,
+    clock: Callable[[], float],
+    between: Callable[[], object] | None = None,
+) -> tuple[float, ...]:
     """Makes a call some times; returns the seconds of each."""
-    marks = [clock()]
+    taken = []
     for _ in range(times):
+        if between is not None:
+            between()
+        began = clock()
         call()
-        marks.append(clock())
-    return tuple(after - before for before, after in pairwise(marks))
+        taken.append(clock() - began)
+    return tuple(taken)

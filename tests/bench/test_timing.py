@@ -107,3 +107,13 @@ def test_sessions_are_timed_by_what_they_run():
     ):
         slow, fast = interleaved([large.prepared(feeds), small.prepared(feeds)], rounds=5)
     assert slow.steady > 3 * fast.steady
+
+
+def test_what_comes_between_calls_is_not_timed():
+    bench = Bench()
+    between = bench.call("-", 8.0)
+    (timing,) = interleaved(
+        [bench.call("a", 1.0)], rounds=1, warmup=1, repeats=2, between=between, clock=bench.clock
+    )
+    assert timing.rounds == ((1.0, 1.0),)
+    assert "".join(bench.made) == "-a" + "--" + "a" + "-a-a"

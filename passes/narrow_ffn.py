@@ -26,6 +26,7 @@ from onnxcollapse.passes.narrowing_criteria import (
     by_rate,
     by_residual,
     by_score,
+    importance,
     pays_from,
     rate_objection,
 )
@@ -41,6 +42,9 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.08, 0.05)
 POSITIONS = 64
 """Rows of each image that sums are gathered from: neighbouring positions say much the same."""
 
+FARTHEST = 8
+"""Nodes between two hidden layers of a chain."""
+
 MOST_FEATURES = 16384
 """Features of the sums of one site; their Gram matrix takes 2 GB."""
 
@@ -52,10 +56,12 @@ class Channels:
     Attributes:
         layer: The hidden layer.
         chained: Whether its source is the consumer of another site, so that its input may be cut as well.
+        after: The hidden layer whose source its consumer is, if there is one.
     """
 
     layer: HiddenLayer
     chained: bool
+    after: HiddenLayer | None = None
 
     @property
     def name(self) -> str:
@@ -133,8 +139,9 @@ class NarrowFfn(Pass):
         for refusal in refused:
             yield Decline(refusal.name, refusal.reason)
         outputs = {layer.output for layer in found}
+        readers = {layer.sources[0].output: layer for layer in found if len(layer.sources) == 1}
         for layer in found:
-            site = Channels(layer, layer.sources[0].output in outputs)
+            site = Channels(layer, layer.sources[0].output in outputs, readers.get(layer.output))
             reason = self._objection(site)
             yield site if reason is None else Decline(site.name, reason)
 
@@ -144,7 +151,8 @@ class NarrowFfn(Pass):
         if layer is None:
             return None
         before = hidden_layer_at(model.graph, layer.sources[0].name)
-        return Channels(layer, before is not None and before.output is layer.sources[0].output)
+        chained = before is not None and before.output is layer.sources[0].output
+        return Channels(layer, chained, _after(model, layer))
 
     def requests(self, site: Channels) -> Sequence[Request]:
         """Asks for the Gram matrix of [x, features, y], x only where it may get a path of its own."""
@@ -232,7 +240,10 @@ class NarrowFfn(Pass):
         counts = self._counts(site.layer.width) if only is None else [only.count]
         if self.criterion == "residual":
             with_input = self._with_input(site)
-            return by_residual(site.layer, fit, heldout, counts, with_input=with_input, only=only)
+            weights = None if site.after is None else importance(site.after, fit)
+            return by_residual(
+                site.layer, fit, heldout, counts, with_input=with_input, only=only, importance=weights
+            )
         return by_score(
             site.layer, fit, heldout, counts, self.criterion, refit=self.refit_rest, seed=self.seed
         )
@@ -284,3 +295,17 @@ def _frontier(proposals: Sequence[Proposal]) -> Iterator[Proposal]:
         if proposal.predicted_error < least:
             least = proposal.predicted_error
             yield proposal
+
+
+def _after(model: Model, layer: HiddenLayer) -> HiddenLayer | None:
+    """The hidden layer whose only source is this one's consumer: a few elementwise nodes lie between."""
+    waiting = [(layer.output, FARTHEST)]
+    while waiting:
+        value, left = waiting.pop()
+        for node in value.consumers() if left else ():
+            for output in node.outputs:
+                found = hidden_layer_at(model.graph, output.name or "")
+                if found is not None and [source.output for source in found.sources] == [layer.output]:
+                    return found
+                waiting.append((output, left - 1))
+    return None

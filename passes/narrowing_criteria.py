@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import linalg
+from scipy import linalg, special
 
 from onnxcollapse.calibration.leastsquares import RIDGES, leading, relative_error
 from onnxcollapse.calibration.statistics import GramMatrix, MomentSums
@@ -92,6 +92,7 @@ def by_residual(
     *,
     with_input: bool,
     only: Choice | None,
+    importance: np.ndarray | None = None,
 ) -> list[Fitted]:
     """Subset and refit (METHODS 0) without a path, and with one where that pays.
 
@@ -102,24 +103,55 @@ def by_residual(
         counts: Widths to offer.
         with_input: Whether x is the first of the tensors.
         only: The one choice wanted, None for all.
+        importance: float64 [d_out]: what an error of each output counts in the choice of channels.
     """
-    place = 2 if with_input else 1
+    place, quick = 2 if with_input else 1, only is None
+    how = {"group": layer.group, "weights": importance, "one_ridge": quick}
     found = []
     plain = counts if only is None else [c for c in counts if only.path == "none"]
     if plain:
-        fits = eliminate(fit, heldout, place, place + 1, plain, group=layer.group, one_ridge=only is None)
+        fits = eliminate(
+            fit,
+            heldout,
+            place,
+            place + 1,
+            plain,
+            group=layer.group,
+            weights=importance,
+            one_ridge=only is None,
+        )
         found += [_of(Choice(f_count), f) for f_count, f in zip(plain, fits, strict=True)]
     if not with_input:
         return found
     paying = [c for c in counts if layer.width - c > pays_from(layer)][::2] if only is None else list(counts)
     if paying and (only is None or only.path != "none"):
-        fits = eliminate(fit, heldout, 2, 3, paying, fixed=1, group=layer.group, one_ridge=only is None)
+        fits = eliminate(
+            fit, heldout, 2, 3, paying, fixed=1, group=layer.group, weights=importance, one_ridge=only is None
+        )
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
             if layer.d_out > path_rank(fit.widths[0]) and (only is None or only.path == "low"):
                 found.append(_limited(count, whole, fit, heldout))
     return found
+
+
+def importance(after: HiddenLayer, gram: GramMatrix) -> np.ndarray | None:
+    """What an error of each pre-activation counts for the layer behind it, float64 [width of that layer].
+
+    A neuron hands on its error where it is on, times its outgoing weights: P(z > 0) |W[j,:]|^2, the probability that
+    of a normal z with the moments of the last tensor of `gram`; 1 where the activation is no ReLU. None where nothing counts.
+    """
+    weights = np.square(after.matrix()).reshape(after.width, -1).sum(1)
+    slopes = [slope for node in after.region if (slope := prelu_slope(node)) is not None]
+    if len(slopes) != 1 or np.any(slopes[0]):
+        return weights if np.any(weights) else None
+    place = len(gram.widths)
+    mean, columns = gram.mean(place), gram.columns(place)
+    second = gram.matrix[columns, columns] / max(gram.count, 1.0)
+    deviation = np.sqrt(np.maximum(second - np.square(mean), 1e-30))
+    found = weights * special.ndtr(mean / deviation)
+    return found if np.any(found) else None
 
 
 def by_score(

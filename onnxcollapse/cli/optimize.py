@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
 )
 @click.option(
-    "--target", "target_share", help="Share to keep at the least error, as params=0.75; also flops and bytes."
+    "--target",
+    "target_share",
+    help="Share to keep at the least error, as params=0.75; also flops, bytes and latency.",
 )
 @click.option(
     "--pass",
@@ -158,6 +160,9 @@ def _show(result: Result, summary: dict[str, Any]) -> None:
         )
         for name in ("params", "bytes", "flops")
     ]
+    if result.latency is not None:
+        before, after = result.latency
+        rows.append(("latency", f"{1e3 * before:.4g} ms", f"{1e3 * after:.4g} ms", _change(before, after)))
     table("", ("", "before", "after", "change"), rows)
     kept = result.journal.of("kept")
     if kept:

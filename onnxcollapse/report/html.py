@@ -103,11 +103,15 @@ def _verdict(result: Result) -> str:
 
 def _sizes(summary: dict[str, Any]) -> str:
     rows = []
-    for name in ("params", "bytes", "flops"):
+    for name in ("params", "bytes", "flops", "latency"):
         before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+        if before is None:
+            continue
         share = after / before if before else 1.0
+        sizes = (f"{1e3 * n:.4g} ms" if name == "latency" else f"{n:,}" for n in (before, after))
+        cells = "".join(f"<td class=n>{cell}" for cell in (*sizes, f"{share - 1:+.1%}"))
         rows.append(
-            f"<tr><td>{name}<td class=n>{before:,}<td class=n>{after:,}<td class=n>{share - 1:+.1%}"
+            f"<tr><td>{name}{cells}"
             f"<td style='width:40%'><div class=bar><div style='width:{100 * min(share, 1):.1f}%'></div></div></tr>"
         )
     return "<table><tr><th><th>before<th>after<th>change<th>what is left</tr>" + "".join(rows) + "</table>"

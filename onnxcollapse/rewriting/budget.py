@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from onnxcollapse.errors import OptionError
 
-MEASURES = ("params", "flops", "bytes")
+MEASURES = ("params", "flops", "bytes", "latency")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Keep at most this share of the model's parameters, FLOPs or bytes.
+    """Keep at most this share of the model's parameters, FLOPs, bytes or measured latency.
 
     Attributes:
-        measure: ``params``, ``flops`` or ``bytes``.
+        measure: ``params``, ``flops``, ``bytes`` or ``latency``.
         share: Share to keep, in (0, 1).
     """
 

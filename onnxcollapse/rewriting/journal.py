@@ -72,12 +72,16 @@ class Entry:
         """Returns the entry as plain JSON types."""
         record = asdict(self)
         record["pass"] = record.pop("pass_name")
+        if not self.saving.latency:
+            del record["saving"]["latency"]  # it was not measured
         return dict(sorted(plain(record, DIGITS).items()))
 
 
 @dataclass
 class Journal:
-    """All entries in the order in which they happened. Holds no times, so equal runs give equal journals.
+    """All entries in the order in which they happened.
+
+    Holds no times, so that equal runs give equal journals, unless latency is what is to be saved.
 
     Attributes:
         facts: What the run was about: model, data, split, metric, budget, providers asked for and obtained.

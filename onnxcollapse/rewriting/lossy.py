@@ -21,6 +21,7 @@ from onnxcollapse.calibration import Dataset, Plan
 from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.fitting import Fitter, Place, apply
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
 from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
@@ -28,7 +29,6 @@ from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal
 from onnxcollapse.rewriting.selection import Candidate, admit, choose, node_key, ranked
-from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
 from onnxcollapse.verification.metrics import additive_power
 
@@ -44,6 +44,9 @@ NEAR = 0.9
 
 SIZINGS = 16
 """Selections that are sized, without data, to meet a target."""
+
+SLACK = 0.25
+"""Share of the wanted saving by which a latency may be below its target."""
 
 CLOSE = 0.005
 """Share of the model that may be saved beyond the target."""
@@ -78,7 +81,7 @@ class LossyStage:
         verifier: Measures the error against the model that the user gave.
         budget: What is accepted and wanted.
         journal: Receives every outcome.
-        original: The user's model, before the exact stage; a target is a share of it.
+        extents: How large models are, and what is missing to the target.
         plan: Where models are cut to be run.
         provider: Where statistics are computed.
         progress: Told how far the work is.
@@ -93,7 +96,7 @@ class LossyStage:
         budget: Budget,
         journal: Journal,
         *,
-        original: Model,
+        extents: Extents,
         plan: Plan,
         provider: str = "auto",
         progress: Progress | None = None,
@@ -102,14 +105,13 @@ class LossyStage:
         self._passes = passes
         self._data, self._provider = data, provider
         self._done: dict[tuple[str, str, str], Proposal] = {}
-        self._shapes = data.shapes()
         self._verifier = verifier
         self._budget = budget
         self._journal = journal
         self._plan = plan
         self._progress = progress or Progress()
         self._fitter = Fitter(model.clone(), data, plan, provider, self._progress)
-        self._whole = extent(original, self._shapes)
+        self._extents = extents
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self._offered: dict[tuple[str, str, frozenset[str]], frozenset[Any]] = {}
         self._waiting: dict[tuple[str, str, str], Candidate] = {}
@@ -134,11 +136,7 @@ class LossyStage:
 
     def _missing(self) -> float:
         """How much still has to be saved for the target; infinite without one, so that all that fits is saved."""
-        target = self._budget.target
-        if target is None:
-            return math.inf
-        left = extent(self._model, self._shapes).of(target.measure)
-        return left - target.share * self._whole.of(target.measure)
+        return self._extents.missing(self._model)
 
     # One round
 
@@ -171,7 +169,7 @@ class LossyStage:
 
     @property
     def _measure(self) -> str:
-        return self._budget.target.measure if self._budget.target else "params"
+        return self._extents.measure
 
     def _search(self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]) -> _Trial | None:
         """Finds the best selection by a few trials: what was predicted is corrected by what was measured."""
@@ -212,15 +210,39 @@ class LossyStage:
         self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
     ) -> _Trial | None:
         """Reaches the target at the least error."""
+        if self._measure == LATENCY:
+            return self._fast_enough(start, kept, rest)
         chosen = self._reaching(start, kept, rest, self._missing())
         trial = self._attempt(start, [*kept, *chosen]) if chosen else None
         return trial if trial is not None and self._fits(trial) else None
+
+    def _fast_enough(
+        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
+    ) -> _Trial | None:
+        """Reaches a latency: savings of stretches do not add up to that of the model, so what is asked for follows."""
+        power, wanted = additive_power(self._budget.metric), self._missing()
+        best: _Trial | None = None
+        ask, seen = wanted, set[frozenset[Any]]()
+        for _ in range(ATTEMPTS):
+            chosen = choose(rest, self._measure, needed=ask, power=power)
+            selection = frozenset(item.key for item in chosen)
+            trial = None if not chosen or selection in seen else self._attempt(start, [*kept, *chosen])
+            if trial is None or not self._fits(trial):
+                break
+            seen.add(selection)
+            missing = self._extents.missing(trial.model)
+            if best is None or missing <= 0.0:
+                best = trial
+            if -SLACK * wanted <= missing <= 0.0:
+                break
+            ask *= wanted / max(wanted - missing, 0.25 * wanted)
+        return best
 
     def _reaching(
         self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate], wanted: float
     ) -> list[Candidate]:
         """Chooses what saves enough; where savings of neighbours overlap, more is asked for until it does."""
-        power, before = additive_power(self._budget.metric), extent(start, self._shapes).of(self._measure)
+        power, before = additive_power(self._budget.metric), self._extents.of(start).of(self._measure)
         low, high, ask = 0.0, math.inf, wanted
         best: list[Candidate] = []
         for _ in range(SIZINGS):
@@ -249,8 +271,8 @@ class LossyStage:
         except ModelError as problem:
             logger.debug("the selection cannot be sized: %s", problem)
             saved = sum(item.saving.of(self._measure) for item in chosen)
-            return extent(model, self._shapes).of(self._measure) - saved
-        return extent(trial, self._shapes).of(self._measure)
+            return self._extents.of(model).of(self._measure) - saved
+        return self._extents.of(trial).of(self._measure)
 
     def _candidates(self, model: Model) -> list[Candidate]:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
@@ -286,7 +308,9 @@ class LossyStage:
 
     def _price(self, start: Model, candidates: list[Candidate], number: int) -> list[Candidate]:
         """Measures what candidates save and cost at the outputs; those that are not wanted end here."""
-        pricer = Pricer(start, self._data, self._verifier, self._budget, self._plan, self._provider)
+        pricer = Pricer(
+            start, self._data, self._verifier, self._budget, self._plan, self._provider, self._extents
+        )
         priced = []
         for price in pricer.price(candidates, self._progress, f"round {number + 1}: pricing"):
             if price.objection is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, plan
-from onnxcollapse.calibration.providers import options_of
+from onnxcollapse.calibration.providers import chain, options_of
 from onnxcollapse.errors import BudgetNotMetError
 from onnxcollapse.model import Model, Size, flops, provenance, size, walk
 from onnxcollapse.rewriting.budget import Budget, Target
 from onnxcollapse.rewriting.exact import ExactStage
+from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.lossy import LossyStage
 from onnxcollapse.rewriting.passes import Pass
@@ -42,8 +44,10 @@ class Result:
         after: Size of the rewritten model.
         flops_before: FLOPs of one calibration sample; dynamic dimensions are 1 without data.
         flops_after: Likewise.
-        provider: Execution provider that measured; empty without data.
+        provider: Execution provider that measured; empty when nothing was.
         seconds: Wall time.
+        notes: What else the user should know.
+        latency: Median seconds of one sample before and after, measured in turns; None unless the target names it.
     """
 
     model: Model
@@ -58,9 +62,12 @@ class Result:
     provider: str = ""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    latency: tuple[float, float] | None = None
 
-    def extent(self, measure: str) -> tuple[int, int]:
-        """Returns ``params``, ``bytes`` or ``flops`` before and after."""
+    def extent(self, measure: str) -> tuple[float, float]:
+        """Returns ``params``, ``bytes``, ``flops`` or ``latency`` before and after."""
+        if measure == LATENCY:
+            return self.latency or (math.nan, math.nan)
         if measure == "flops":
             return self.flops_before, self.flops_after
         return getattr(self.before, measure), getattr(self.after, measure)
@@ -74,6 +81,7 @@ class Result:
             "bytes_after": self.after.bytes,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
+            **dict(zip(("latency_before", "latency_after"), self.latency or (None, None), strict=True)),
             "metric": self.budget.metric,
             "error": self.error,
             "budget": self.budget.error,
@@ -188,6 +196,7 @@ def optimize(
     cuts = () if running is None else running.cuts
     if data is not None and running is not None:
         data = data.in_batches_of(running.batch)
+    extents = Extents(model, budget.target, data, provider)
     verifier = None if data is None else Verifier(model, data, budget.metric, provider, cuts)
     ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model)).run()
     if data is not None and verifier is not None and lossy:
@@ -198,7 +207,7 @@ def optimize(
             verifier,
             budget,
             journal,
-            original=model,
+            extents=extents,
             plan=plan(work, memory),
             provider=provider,
             progress=progress,
@@ -221,7 +230,8 @@ def optimize(
     done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
     if done:
         provenance.record(work, "passes", " ".join(done))
-    obtained = verifier.provider.obtained if verifier is not None else ""
+    latency = extents.latency(work)
+    obtained = verifier.provider.obtained if verifier is not None else chain(provider)[0] if latency else ""
     journal.facts["provider"] = {
         "requested": provider,
         "obtained": obtained or None,
@@ -239,6 +249,7 @@ def optimize(
         flops(work, shapes=shapes),
         provider=obtained,
         notes=notes,
+        latency=latency,
     )
     result.met = result.met and _reaches(result, budget.target)
     result.seconds = time.perf_counter() - began
@@ -261,8 +272,11 @@ def shortfall(result: Result) -> str | None:
     wanted = f"target {target}" if target else f"budget {result.budget.error}"
     measure = target.measure if target else "params"
     before, after = result.extent(measure)
+    verb = "is" if measure == LATENCY else "are"
     error = "not measured" if result.error is None else f"{result.error:.4g}"
-    return f"{wanted} not met: {after / max(before, 1):.1%} of the {measure} are left, error {error}"
+    return (
+        f"{wanted} not met: {after / before if before else 1:.1%} of the {measure} {verb} left, error {error}"
+    )
 
 
 def require_met(result: Result) -> None:

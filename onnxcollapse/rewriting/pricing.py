@@ -17,6 +17,7 @@ from onnxcollapse.model import Model
 from onnxcollapse.model.operations import concrete
 from onnxcollapse.model.weights import identity
 from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
@@ -58,6 +59,7 @@ class Pricer:
         budget: What is accepted and wanted.
         plan: Where the model may be cut.
         provider: See open_session.
+        extents: Measures what is saved.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class Pricer:
         budget: Budget,
         plan: Plan,
         provider: str,
+        extents: Extents,
     ) -> None:
+        self._extents = extents
         self._model, self._data, self._verifier, self._budget = model, data, verifier, budget
         self._points, self._provider = plan.points, provider
         self._shapes = _shapes(model, data)
@@ -137,9 +141,17 @@ class Pricer:
             apply(scratch, candidate.maker, candidate.proposal)
             saving = before - extent(scratch, self._inputs(scratch))
             saving = self._without_shared(saving, shared, _tensors(scratch))
+            if self._extents.measure == LATENCY:
+                saving = dataclasses.replace(saving, latency=self._faster(candidate))
             return saving, objection(candidate.maker, saving, self._budget)
 
         return Variant(candidate.tensors, change)
+
+    def _faster(self, candidate: Candidate) -> float:
+        """Seconds that a candidate saves."""
+        trial = self._model.clone()
+        apply(trial, candidate.maker, candidate.proposal)
+        return self._extents.saving(self._model, self._extents.of(self._model), trial, candidate).latency
 
     def _without_shared(
         self, saving: Saving, before: dict[object, ir.TensorProtocol], after: dict[object, ir.TensorProtocol]
@@ -159,10 +171,10 @@ class Pricer:
 
     def _measure_whole(self, candidate: Candidate) -> Price:
         """A candidate that may edit the graph anywhere."""
-        trial, shapes = self._model.clone(), self._data.shapes()
+        trial = self._model.clone()
         try:
             apply(trial, candidate.maker, candidate.proposal)
-            saving = extent(self._model, shapes) - extent(trial, shapes)
+            saving = self._extents.saving(self._model, self._extents.of(self._model), trial, candidate)
             error = self._verifier.error(trial)
         except (MetricError, ModelError) as problem:
             return Price(dataclasses.replace(candidate, impact=math.inf), str(problem))

@@ -30,12 +30,21 @@ class Site(Protocol):
 
 @dataclass(frozen=True)
 class Saving:
-    """What a rewrite takes away: parameters, stored bytes, floating-point operations and nodes (negative: adds)."""
+    """What a rewrite takes away (negative: adds).
+
+    Attributes:
+        params: Parameters.
+        bytes: Stored bytes.
+        flops: Floating-point operations.
+        nodes: Nodes.
+        latency: Seconds for one sample; measured only where the target names it, else 0.
+    """
 
     params: int = 0
     bytes: int = 0
     flops: int = 0
     nodes: int = 0
+    latency: float = 0.0
 
     def __sub__(self, other: Saving) -> Saving:
         return Saving(
@@ -43,11 +52,13 @@ class Saving:
             self.bytes - other.bytes,
             self.flops - other.flops,
             self.nodes - other.nodes,
+            self.latency - other.latency,
         )
 
-    def of(self, measure: str) -> int:
-        """Returns the saving in one measure: ``params``, ``bytes``, ``flops`` or ``nodes``."""
-        return int(getattr(self, measure))
+    def of(self, measure: str) -> float:
+        """Returns the saving in one measure: ``params``, ``bytes``, ``flops``, ``nodes`` or ``latency``."""
+        saved: float = getattr(self, measure)
+        return saved
 
     def objection(self) -> str | None:
         """Says why a rewrite with this saving would leave the model no better, or None when it pays."""

@@ -310,3 +310,15 @@ def test_a_large_initializer_that_nothing_reads_does_no_harm(mlp):
     model.graph.initializers["unused"] = value
     with open_session(model, provider="cpu") as session:
         assert session.run({"x": np.zeros((1, 20), np.float32)})
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_prepared_batch_is_run_as_often_as_wanted(mlp, bound):
+    model, x = mlp(), np.ones((3, 20), np.float32)
+    with open_session(model, provider="cpu") as session:
+        session._bound = bound  # as on a device
+        run = session.prepared({"x": x, "other": x})
+        assert run() is None if bound else np.array_equal(run()[0], session.run({"x": x})["y"])
+        run()
+        with pytest.raises(DataError, match="'x'"):
+            session.prepared({})

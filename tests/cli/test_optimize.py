@@ -143,6 +143,18 @@ def test_targets(workspace, measure):
     assert (found["budget"], found["target"], found["met"]) == (None, f"{measure}=0.5", True)
 
 
+def test_a_target_of_latency_is_shown_with_what_was_measured(workspace):
+    workspace.write_model(mlp([8, 16384, 8], "LeakyRelu"))
+    arguments = ("--target", "latency=0.5", "--provider", "cpu", "--pass", "collapse-ffn:method=fit,ranks=no")
+    shown = workspace.optimize(*arguments)
+    assert shown.exit_code == 0, shown.output
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith("latency")]
+    assert line.count(" ms") == 2
+    found = workspace.summary(*arguments)
+    assert 0 < found["latency_after"] <= 0.5 * found["latency_before"]
+    assert found["met"]
+
+
 def test_a_target_reached_by_exact_rewrites_alone_is_met(workspace):
     model = mlp([8, 64, 8], "PRelu", slopes=[[1.0]])
     workspace.write_model(model)

@@ -26,7 +26,7 @@ def test_targets(text):
 
 @pytest.mark.parametrize(
     "text", ["", "params", "params=", "=0.5", "params=1", "params=0", "params=-1", "params=nan", "params=inf",
-             "params=0.5x", "Params=0.5", "latency=0.5", "params=0,5"],
+             "params=0.5x", "Params=0.5", "latency", "speed=0.5", "params=0,5"],
 )  # fmt: skip
 def test_targets_that_are_none(text):
     with pytest.raises(OptionError, match=r"params=0\.75|between 0 and 1") as caught:

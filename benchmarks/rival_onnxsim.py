@@ -37,6 +37,7 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 _FLOATS = (1, 10, 11, 16)  # FLOAT, FLOAT16, DOUBLE and BFLOAT16 of onnx.TensorProto
 _TRAIN_BATCH, _TRAIN_RATE = 256, 1e-3
+_PROBE_RATIO = 0.1  # low enough that the single block of a small model would go
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def _pruned(args: argparse.Namespace) -> dict[str, Any]:
         "zeros_before": zeros_before,
         "removes": method.removes,
     }
+    prepared, graph = _matching(method, original, args.model, batches[:1])
     began = time.perf_counter()
-    prepared, graph, model = _first_match(method, original, args.model, batches, args.ratio)
+    model = _prune(method, graph, batches, args.ratio)
     if method.recover:
         model = _RECOVERIES[method.recover](graph, model, batches)
     seconds = time.perf_counter() - began
@@ -128,14 +130,11 @@ def _pruned(args: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(seconds, 2)}  # fmt: skip
 
 
-def _first_match(
-    method: Method, original: Any, path: Path, batches: list[Batch], ratio: float
-) -> tuple[str | None, Any, Any]:
-    """How the graph was prepared, the graph, and what is left of it, in the first form that is pruned at all."""
+def _matching(method: Method, original: Any, path: Path, batches: list[Batch]) -> tuple[str | None, Any]:
+    """The first form of the graph in which the method removes anything, and how it was prepared."""
     for prepared, graph in _graphs(original, path):
-        model = _prune(method, graph, batches, ratio)
-        if ratio == 1 or count(model) != count(graph):
-            return prepared, graph, model
+        if count(_prune(method, graph, batches, _PROBE_RATIO)) != count(graph):
+            return prepared, graph
     raise RivalError(
         f"{method.prune} matches nothing in this graph, nor after simplify or ONNX Runtime's extended optimization"
     )

@@ -4,11 +4,11 @@
     python -m benchmarks.rivals MODEL --calib DATA.npz --ratios 0.5 0.25 -o out
     python -m benchmarks.rivals MODEL --calib DATA.npz --params-shares 0.16 0.05 --methods wanda magnitude -o out
 
-The rival is onnxsim 0.8, the one package on PyPI found to remove neurons or blocks from an ONNX file; what was
-looked at besides: onnxslim and ONNX Runtime's optimizers rewrite exactly and remove no neuron, onnxscript is
-an IR and its rewriter, and olive prunes PyTorch models only. `benchmarks/rival_onnxsim.py` runs it and says
-which settings it gets. The environment lies in the cache of `models.fetch` (`ONNXCOLLAPSE_CACHE`) and takes
-some 250 MB.
+The rival is onnxsim 0.8, the one package on PyPI found to remove neurons or blocks from an ONNX file. Looked
+at besides: onnxslim 0.1.98, onnxoptimizer 0.4.2, onnx-tool 1.0.1, onnxscript 0.7.2, onnx-neural-compressor 1.0
+and ONNX Runtime's optimizers have no pruning; olive-ai 0.13 has SliceGPT and SparseGPT, both as passes on
+PyTorch models. `benchmarks/rival_onnxsim.py` runs onnxsim and says which settings it gets. Its environment lies
+in the cache of `models.fetch` (`ONNXCOLLAPSE_CACHE`) and takes some 250 MB; it needs no torch.
 
 A row tells `ratio` (the share kept of what the method removes), `params_before` and `params_after` (elements of
 the float initializers), `zeros_after` (those that are zero: methods that remove `weights` shrink nothing),

@@ -36,7 +36,7 @@ def calibration(tmp_path):
 
 @pytest.fixture
 def onnxsim(monkeypatch):
-    """A stand-in: `apply_structured_pruning` drops columns of `w`, the others do nothing or fail."""
+    """A stand-in: `apply_structured_pruning` drops columns of `w`, the others do nothing or fail on all data."""
 
     def cut(model, sparsity):
         small = onnx.ModelProto()
@@ -47,6 +47,8 @@ def onnxsim(monkeypatch):
         return small
 
     def fail(model, sparsity, calibration_data):
+        if len(calibration_data) == 1:  # the probe for a form of the graph that matches
+            return cut(model, sparsity)
         raise MemoryError(f"no room for {len(calibration_data)} batches")
 
     module = types.ModuleType("onnxsim")

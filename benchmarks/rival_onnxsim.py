@@ -15,6 +15,7 @@ How onnxsim is given its best:
   the graph as ONNX Runtime's extended optimization leaves it: its documentation names those fused forms
   (BiasGelu, SkipLayerNormalization) as supported. `prepared` tells which graph was pruned; parameters are
   compared with the original's.
+- Initializers that nothing reads any more are removed; its masking leaves the original weights in the file.
 - `+finetune` is its closed-form ridge fit; it leaves alone every layer whose inputs and outputs were both
   cut, so in an MLP only the last layer is refitted. `+train` is what its documentation names for those: Adam
   on the original's outputs. It trains, so it is no training-free method.
@@ -112,6 +113,7 @@ def _pruned(args: argparse.Namespace) -> dict[str, Any]:
     method = METHODS[args.method]
     original = onnx.load(str(args.model))
     before, zeros_before = count(original)
+    original = without_unused(original)  # else their removal would look like the rival's work
     batches = list(feeds(original, args.calibration, args.batch, args.samples))
     result: dict[str, Any] = {
         "params_before": before,
@@ -217,7 +219,24 @@ def _prune(method: Method, model: Any, batches: list[Batch], ratio: float) -> An
     import onnxsim
 
     data: dict[str, Any] = {"calibration_data": batches} if method.calibrated else {}
-    return getattr(onnxsim, method.prune)(model, sparsity=1 - ratio, **data)
+    return without_unused(getattr(onnxsim, method.prune)(model, sparsity=1 - ratio, **data))
+
+
+def without_unused(model: Any) -> Any:
+    """The model, its initializers that nothing reads removed: masking leaves the unmasked weights behind."""
+    read = {value.name for value in model.graph.output} | set(_read(model.graph))
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
+def _read(graph: Any) -> Iterator[str]:
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _read(inner)
 
 
 def _fit(original: Any, pruned: Any, batches: list[Batch]) -> Any:

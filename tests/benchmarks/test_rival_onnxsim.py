@@ -107,7 +107,12 @@ def test_a_graph_in_which_nothing_matches_is_an_error(
     onnxsim, model, calibration, tmp_path, capsys, monkeypatch
 ):
     forms = []
-    monkeypatch.setattr(driver, "_optimized", lambda path: forms.append(path) or onnx.load(path))
+    loaded = onnx.load(model)
+    loaded.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "read_by_nothing"))
+    onnx.save(loaded, model)
+    monkeypatch.setattr(
+        driver, "_optimized", lambda path: forms.append(path) or driver.without_unused(onnx.load(path))
+    )
     row = ran(capsys, model, calibration, tmp_path / "out.onnx", "blocks")
     assert row["error"].startswith("RivalError: apply_transformer_block_pruning matches nothing")
     assert forms == [model]
@@ -140,3 +145,19 @@ def test_a_ratio_out_of_range_is_refused(ratio, capsys):
     with pytest.raises(SystemExit):
         driver.main(["m.onnx", "c.npz", ratio, "wanda", "o.onnx"])
     assert "ratio" in capsys.readouterr().err
+
+
+def test_weights_left_behind_are_removed_and_those_of_branches_kept(model):
+    loaded = onnx.load(model)
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["inner"], ["b"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, [2])],
+    )
+    loaded.graph.node.append(helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch))
+    loaded.graph.initializer.extend(
+        numpy_helper.from_array(np.ones(2, np.float32), name) for name in ("inner", "left_behind")
+    )
+    names = [tensor.name for tensor in driver.without_unused(loaded).graph.initializer]
+    assert names == ["w", "inner"]

@@ -13,7 +13,8 @@ How onnxsim is given its best:
   (one layer of an MLP is cut to a single neuron).
 - Where nothing matches in the graph as it is, onnxsim is asked again after its own `simplify` and then on
   the graph as ONNX Runtime's extended optimization leaves it: its documentation names those fused forms
-  (BiasGelu, SkipLayerNormalization) as supported. `prepared` tells which graph was pruned; parameters are
+  (BiasGelu, SkipLayerNormalization) as supported; last with the shapes of the residual stream stated, which
+  its block pruning asks for and onnx cannot infer there. `prepared` tells which graph was pruned; parameters are
   compared with the original's.
 - Initializers that nothing reads any more are removed; its masking leaves the original weights in the file.
 - `+finetune` is its closed-form ridge fit; it leaves alone every layer whose inputs and outputs were both
@@ -38,6 +39,7 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 _FLOATS = (1, 10, 11, 16)  # FLOAT, FLOAT16, DOUBLE and BFLOAT16 of onnx.TensorProto
 _TRAIN_BATCH, _TRAIN_RATE = 256, 1e-3
+_NORMS = {"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
 _PROBE_RATIO = 0.1  # low enough that the single block of a small model would go
 
 
@@ -134,11 +136,12 @@ def _pruned(args: argparse.Namespace) -> dict[str, Any]:
 
 def _matching(method: Method, original: Any, path: Path, batches: list[Batch]) -> tuple[str | None, Any]:
     """The first form of the graph in which the method removes anything, and how it was prepared."""
-    for prepared, graph in _graphs(original, path):
+    for prepared, graph in _graphs(original, path, batches):
         if count(_prune(method, graph, batches, _PROBE_RATIO)) != count(graph):
             return prepared, graph
     raise RivalError(
-        f"{method.prune} matches nothing in this graph, nor after simplify or ONNX Runtime's extended optimization"
+        f"{method.prune} matches nothing in this graph, nor after simplify or ONNX Runtime's extended optimization "
+        "with or without stated shapes"
     )
 
 
@@ -188,14 +191,16 @@ def feeds(model: Any, source: Path, batch: int | None, samples: int | None = Non
         yield rows
 
 
-def _graphs(original: Any, path: Path) -> Iterator[tuple[str | None, Any]]:
+def _graphs(original: Any, path: Path, batches: list[Batch]) -> Iterator[tuple[str | None, Any]]:
     """The graph as it is, then in the forms that onnxsim documents it recognizes."""
     import onnxsim
 
     yield None, original
     simplified, _ = onnxsim.simplify(original)
     yield "simplify", simplified
-    yield "onnxruntime extended", _optimized(path)
+    optimized = _optimized(path)
+    yield "onnxruntime extended", optimized
+    yield "onnxruntime extended, shapes stated", with_shapes(optimized, batches[0])
 
 
 def _optimized(path: Path) -> Any:
@@ -213,6 +218,42 @@ def _optimized(path: Path) -> Any:
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
         )
         return onnx.load(target)
+
+
+def with_shapes(model: Any, batch: Batch) -> Any:
+    """The model with the shapes of its residual stream stated, which onnx cannot infer through fused norms.
+
+    Args:
+        model: the model; its first input is [batch, sequence].
+        batch: inputs to run it on once.
+
+    Returns:
+        A copy in which every float tensor [batch, sequence, width] that an Add or a norm gives has its shape.
+    """
+    import onnx
+    import onnxruntime
+    from onnx import helper
+
+    stated, probed = onnx.ModelProto(), onnx.ModelProto()
+    stated.CopyFrom(model)
+    probed.CopyFrom(model)
+    first = model.graph.input[0]
+    free = [dim.dim_param or dim.dim_value for dim in first.type.tensor_type.shape.dim]
+    known = {value.name for value in (*model.graph.output, *model.graph.value_info)}
+    makers = [node for node in model.graph.node if node.op_type == "Add" or node.op_type in _NORMS]
+    names = [name for node in makers for name in node.output[:1] if name not in known]
+    probed.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    sample = {name: array[:1] for name, array in batch.items()}
+    leading = sample[first.name].shape
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        probed.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    for name, value in zip(names, session.run(names, sample) if names else (), strict=True):
+        if value.dtype == np.float32 and value.ndim == 3 and value.shape[:2] == leading:
+            stated.graph.value_info.append(helper.make_tensor_value_info(name, 1, [*free, value.shape[2]]))
+    return stated
 
 
 def _prune(method: Method, model: Any, batches: list[Batch], ratio: float) -> Any:

@@ -107,6 +107,7 @@ def test_a_graph_in_which_nothing_matches_is_an_error(
     onnxsim, model, calibration, tmp_path, capsys, monkeypatch
 ):
     forms = []
+    monkeypatch.setattr(driver, "with_shapes", lambda model, batch: forms.append(set(batch)) or model)
     loaded = onnx.load(model)
     loaded.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "read_by_nothing"))
     onnx.save(loaded, model)
@@ -115,7 +116,7 @@ def test_a_graph_in_which_nothing_matches_is_an_error(
     )
     row = ran(capsys, model, calibration, tmp_path / "out.onnx", "blocks")
     assert row["error"].startswith("RivalError: apply_transformer_block_pruning matches nothing")
-    assert forms == [model]
+    assert forms == [model, {"x", "past"}]
     assert not (tmp_path / "out.onnx").exists()
 
 
@@ -161,3 +162,24 @@ def test_weights_left_behind_are_removed_and_those_of_branches_kept(model):
     )
     names = [tensor.name for tensor in driver.without_unused(loaded).graph.initializer]
     assert names == ["w", "inner"]
+
+
+def test_the_shapes_of_a_residual_stream_are_stated():
+    x = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "sequence"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    table = numpy_helper.from_array(np.ones((5, 4), np.float32), "table")
+    one = numpy_helper.from_array(np.ones(1, np.float32), "one")
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["embedded"]),
+        helper.make_node("Add", ["embedded", "one"], ["stream"]),
+        helper.make_node("ReduceSum", ["stream"], ["total"], keepdims=0),
+        helper.make_node("Add", ["total", "one"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], [table, one])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    stated = driver.with_shapes(model, {"ids": np.zeros((3, 2), np.int64)})
+    (info,) = stated.graph.value_info
+    assert info.name == "stream"
+    dims = info.type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", "sequence", 4]
+    assert len(stated.graph.output) == 1 and not model.graph.value_info

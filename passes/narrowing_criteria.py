@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,29 +106,20 @@ def by_residual(
         only: The one choice wanted, None for all.
         importance: float64 [d_out]: what an error of each output counts in the choice of channels.
     """
-    place, quick = 2 if with_input else 1, only is None
-    how = {"group": layer.group, "weights": importance, "one_ridge": quick}
+    place = 2 if with_input else 1
+    fitted = functools.partial(
+        eliminate, fit, heldout, group=layer.group, weights=importance, one_ridge=only is None
+    )
     found = []
     plain = counts if only is None else [c for c in counts if only.path == "none"]
     if plain:
-        fits = eliminate(
-            fit,
-            heldout,
-            place,
-            place + 1,
-            plain,
-            group=layer.group,
-            weights=importance,
-            one_ridge=only is None,
-        )
-        found += [_of(Choice(f_count), f) for f_count, f in zip(plain, fits, strict=True)]
+        fits = fitted(place, place + 1, plain)
+        found += [_of(Choice(count), fit) for count, fit in zip(plain, fits, strict=True)]
     if not with_input:
         return found
     paying = [c for c in counts if layer.width - c > pays_from(layer)][::2] if only is None else list(counts)
     if paying and (only is None or only.path != "none"):
-        fits = eliminate(
-            fit, heldout, 2, 3, paying, fixed=1, group=layer.group, weights=importance, one_ridge=only is None
-        )
+        fits = fitted(2, 3, paying, fixed=1)
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
@@ -140,7 +132,7 @@ def importance(after: HiddenLayer, gram: GramMatrix) -> np.ndarray | None:
     """What an error of each pre-activation counts for the layer behind it, float64 [width of that layer].
 
     A neuron hands on its error where it is on, times its outgoing weights: P(z > 0) |W[j,:]|^2, the probability that
-    of a normal z with the moments of the last tensor of `gram`; 1 where the activation is no ReLU. None where nothing counts.
+    of a normal z with the moments of the last tensor of `gram`; 1 if the activation is no ReLU. None if nothing counts.
     """
     weights = np.square(after.matrix()).reshape(after.width, -1).sum(1)
     slopes = [slope for node in after.region if (slope := prelu_slope(node)) is not None]

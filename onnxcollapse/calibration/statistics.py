@@ -192,6 +192,30 @@ class GramMatrix:
         widths = (*self.widths[:place], basis.shape[1], *self.widths[place + 1 :])
         return GramMatrix(self.count, self.refs, widths, (matrix + matrix.T) / 2)
 
+    def difference(self, place: int, other: int) -> GramMatrix:
+        """The sums as if one tensor t had been t - s, with s, another of the same width, left out.
+
+        Args:
+            place: 0-based place of t.
+            other: 0-based place of s, behind t.
+        """
+        t, s = (self.columns(index + 1) for index in (place, other))
+        if len(t) != len(s):
+            raise OptionError(
+                f"tensors of {len(t)} and {len(s)} columns have no difference; select equal ones"
+            )
+        matrix = self.matrix.copy()
+        matrix[t] -= matrix[s]
+        matrix[:, t] -= matrix[:, s]
+        left = np.delete(np.arange(len(matrix)), s)
+        keep = [index for index in range(len(self.refs)) if index != other]
+        return GramMatrix(
+            self.count,
+            tuple(self.refs[index] for index in keep),
+            tuple(self.widths[index] for index in keep),
+            matrix[np.ix_(left, left)],
+        )
+
     def _span(self, selector: str | int | Ref) -> tuple[int, int]:
         if selector == "one":
             return 0, 1

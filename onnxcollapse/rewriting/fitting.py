@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
 from onnxcollapse.model import Model, edit
-from onnxcollapse.rewriting.passes import Pass, blamed, requests_of, site_of
+from onnxcollapse.rewriting.passes import Pass, blamed, requests_of, site_of, sites_of
 from onnxcollapse.rewriting.progress import Progress
-from onnxcollapse.rewriting.proposal import Proposal, Site
+from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
 from onnxcollapse.rewriting.selection import Candidate
 
 
@@ -99,6 +99,36 @@ class Fitter:
             apply(trial, item.maker, item.proposal)
         return trial, done
 
+    def repair(
+        self, start: Model, makers: Sequence[Pass], chosen: Sequence[Candidate]
+    ) -> tuple[Model, list[tuple[Pass, Proposal]]]:
+        """Lets passes that repair work on a copy of a model, front to back behind the first of what was rewritten.
+
+        Args:
+            start: The rewritten model.
+            makers: The passes.
+            chosen: What was rewritten in it.
+
+        Returns:
+            The repaired model, and what was done.
+        """
+        trial = start.clone()
+        order = {value.name: place for place, node in enumerate(trial.graph) for value in node.outputs}
+        first = min((order.get(item.proposal.site, 0) for item in chosen), default=0)
+        waiting = []
+        for maker in makers:
+            for site in sites_of(maker, trial):
+                if isinstance(site, Decline):
+                    continue
+                place = order.get(site.name, 0)
+                if place >= first:
+                    waiting.append(Candidate(maker, Proposal(site.name), place, frozenset()))
+        waiting.sort(key=lambda item: item.position)
+        requests = {item.key: tuple(requests_of(item.maker, self._site(trial, item))) for item in waiting}
+        done: dict[tuple[str, str, str], Proposal] = {}
+        self._fit_again(trial, waiting, requests, done)
+        return trial, [(item.maker, done[item.key]) for item in waiting if item.key in done]
+
     def _fit_again(
         self,
         trial: Model,
@@ -117,8 +147,11 @@ class Fitter:
                 ]
                 for number, item in enumerate(here):
                     now = sweep.again(trial, requests[item.key]) if number else statistics
-                    done[item.key] = self._refit(trial, item, now)
-                    apply(trial, item.maker, done[item.key])
+                    again = self._refit(trial, item, now) or done.get(item.key)
+                    if again is None:
+                        continue  # nothing to repair
+                    done[item.key] = again
+                    apply(trial, item.maker, again)
                     sweep.rewritten(trial)
                 waiting = [item for item in waiting if item not in here]
         return waiting
@@ -128,11 +161,10 @@ class Fitter:
         site: Site = site_of(candidate.maker, model, candidate.proposal.site)
         return site
 
-    def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal:
+    def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal | None:
         """Proposes the same variant again."""
         with blamed(candidate.maker):
-            again = candidate.maker.refit(self._site(model, candidate), candidate.proposal, statistics)
-        return candidate.proposal if again is None else again
+            return candidate.maker.refit(self._site(model, candidate), candidate.proposal, statistics)
 
     def _sweep(
         self, model: Model, requests: Sequence[Request], reference: Model | None, sites: Iterable[Site]

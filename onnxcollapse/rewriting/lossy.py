@@ -63,12 +63,13 @@ class _Failure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Trial:
-    """A model with some candidates applied and fitted, and its error."""
+    """A model with some candidates applied and fitted, its error, and what was repaired in it."""
 
     model: Model
     chosen: tuple[Candidate, ...]
     done: Mapping[tuple[str, str, str], Proposal]
     error: float
+    repaired: tuple[tuple[Pass, Proposal], ...] = ()
 
 
 class LossyStage:
@@ -102,7 +103,8 @@ class LossyStage:
         progress: Progress | None = None,
     ) -> None:
         self._model = model
-        self._passes = passes
+        self._passes = [item for item in passes if not item.repairs]
+        self._repairs = [item for item in passes if item.repairs]
         self._data, self._provider = data, provider
         self._done: dict[tuple[str, str, str], Proposal] = {}
         self._verifier = verifier
@@ -324,12 +326,24 @@ class LossyStage:
         try:
             model, done = self._fitter.realize(start, chosen)
             error = self._verifier.error(model)
+            model, error, repaired = self._repair(model, error, chosen)
         except (DataError, MetricError, ModelError) as problem:
             reason = f"together with what was kept before it: {problem}"
             self._failure = _Failure(reason, None, tuple(chosen))
             return None
         logger.info("%d rewrites together: error %.4g", len(chosen), error)
-        return _Trial(model, tuple(chosen), done, error)
+        return _Trial(model, tuple(chosen), done, error, tuple(repaired))
+
+    def _repair(
+        self, model: Model, error: float, chosen: Sequence[Candidate]
+    ) -> tuple[Model, float, list[tuple[Pass, Proposal]]]:
+        """Lets passes that repair lower the error; a model that they do not help stays as it is."""
+        if not self._repairs or not error > 0.0 or not math.isfinite(error):
+            return model, error, []
+        repaired, done = self._fitter.repair(model, self._repairs, chosen)
+        after = self._verifier.error(repaired) if done else math.inf
+        logger.info("%d projections refitted: error %.4g -> %.4g", len(done), error, after)
+        return (repaired, after, done) if after < error else (model, error, [])
 
     def _fits(self, trial: _Trial) -> bool:
         """Whether the error is inside the budget; notes why not."""
@@ -353,6 +367,17 @@ class LossyStage:
             self._note(refitted, "kept", proposal.detail, trial.error)
         self._note_new_fits(trial.done)
         self._done = dict(trial.done)
+        self._note_repairs(trial)
+
+    def _note_repairs(self, trial: _Trial) -> None:
+        """Notes what was refitted; a later selection of the same round begins anew, and so do its repairs."""
+        entries, makers = self._journal.entries, {item.describe() for item in self._repairs}
+        entries[self._began :] = [e for e in entries[self._began :] if e.pass_name not in makers]
+        for maker, proposal in trial.repaired:
+            predicted, site = proposal.predicted_error, proposal.site
+            self._journal.add(
+                Entry("kept", maker.describe(), site, "", proposal.detail, predicted, None, trial.error)
+            )
 
     def _note_new_fits(self, done: Mapping[tuple[str, str, str], Proposal]) -> None:
         """Lets the entries of what this round kept before say how it was fitted in the end."""

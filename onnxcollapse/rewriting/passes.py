@@ -39,6 +39,9 @@ class Pass(abc.ABC):
     on_request: ClassVar[bool] = False
     """Whether it does what the user asked for by name: then it is applied once, and also when it saves nothing."""
 
+    repairs: ClassVar[bool] = False
+    """Whether it saves nothing and only lowers the error behind what other passes have rewritten."""
+
     @property
     def exact(self) -> bool:
         """Whether rewrites keep the function, so that they need no calibration data and no budget."""

@@ -42,7 +42,7 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.08, 0.05)
 WIDE_SHARES = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
 """The same where a layer has more than WIDE features: each takes a solution of that size."""
 
-WIDE = 1024
+WIDE = 768
 
 POSITIONS = 64
 """Rows of each image that sums are gathered from: neighbouring positions say much the same."""

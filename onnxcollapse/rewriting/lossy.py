@@ -252,6 +252,7 @@ class LossyStage:
             if not chosen or not _overlap(chosen):
                 return best or chosen
             saved = before - self._size(start, [*kept, *chosen])
+            logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
             if saved >= wanted:
                 best, high = chosen, ask
                 if saved - wanted <= CLOSE * before:

@@ -217,7 +217,7 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
 
     Args:
         block: A plain block whose activation has the slope 1 above zero.
-        heldout: Sums of [x, a, y] on held-out rows.
+        heldout: Sums of [z, a, y] on held-out rows, z = x W1 + b1.
         rates: Moments of the pre-activations over all calibration rows.
         threshold: Of the rate, in (0, 1].
 
@@ -236,8 +236,8 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
     offset = block.down.offset() + bias[linear] @ down[linear]
     keep = np.flatnonzero(~linear)
     matrix = down[keep]
-    features = np.concatenate([heldout.columns(1), heldout.columns(2)[keep]])
-    error = relative_error(heldout, features, 3, np.concatenate([skip, matrix]), offset)
+    features = np.concatenate([heldout.columns(1)[linear], heldout.columns(2)[keep]])
+    error = relative_error(heldout, features, 3, np.concatenate([down[linear], matrix]), block.down.offset())
     detail = f"{count} neurons with an activation rate of {threshold:g} or more moved to a skip path"
     return Fitted(Choice(len(keep), "full"), keep, matrix, offset, error, detail, (skip,))
 

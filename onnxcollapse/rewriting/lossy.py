@@ -248,11 +248,15 @@ class LossyStage:
         power, before = additive_power(self._budget.metric), self._extents.of(start).of(self._measure)
         low, high, ask = 0.0, math.inf, wanted
         best: list[Candidate] = []
+        sizes: dict[frozenset[Any], float] = {}
         for _ in range(SIZINGS):
             chosen = choose(rest, self._measure, needed=ask, power=power)
             if not chosen or not _overlap(chosen):
                 return best or chosen
-            saved = before - self._size(start, [*kept, *chosen])
+            selection = frozenset(item.key for item in chosen)
+            if selection not in sizes:  # applying it to a large model takes its time
+                sizes[selection] = self._size(start, [*kept, *chosen])
+            saved = before - sizes[selection]
             if saved >= wanted:
                 best, high = chosen, ask
                 if saved - wanted <= CLOSE * before:

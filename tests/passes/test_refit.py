@@ -92,6 +92,17 @@ def test_refit_lowers_the_error_behind_a_damaging_rewrite_and_nothing_else_chang
     assert repaired.error == pytest.approx(measured, rel=1e-3)
 
 
+def test_layer_by_layer_it_does_the_same():
+    model, x = stream(2), correlated(300, 16)
+    budget, passes = Budget(None, target=Target("params", 0.6)), [CRUDE, Refit()]
+    whole, cut = (
+        optimize(model, data_for(model, x), budget=budget, passes=passes, provider="cpu", memory=memory)
+        for memory in (None, 1 << 20)
+    )
+    assert [entry.site for entry in of(cut, "kept")] == [entry.site for entry in of(whole, "kept")] != []
+    assert cut.error == pytest.approx(whole.error, rel=1e-3)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_it_never_raises_the_error(seed):
     model, x = mlp([16, 64, 64, 8], seed=seed), correlated(200, 16, seed=seed)

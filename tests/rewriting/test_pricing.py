@@ -299,3 +299,17 @@ def test_between_takes_no_part_in_what_was_not_finite():
     assert (found.saving.params, found.saving.bytes) == (16, 64)
     hopeless = pricing._between(item, [known(0.1, math.inf, 10)], judge)
     assert hopeless.objection == "no"
+
+
+def test_what_a_pass_does_not_predict_to_save_is_taken_from_the_nearest_in_error():
+    item = Candidate(Drop(), Proposal("s", "c", "", 0.35), 0, frozenset())
+    known = [
+        pricing.Price(
+            replace(item, proposal=Proposal("s", f"{error}", "", error), saving=Saving(params), impact=error)
+        )
+        for error, params in ((0.1, 10), (0.4, 40))
+    ]
+    found = pricing._between(item, known, lambda tried, measured: pricing.Price(tried, None, measured))
+    assert found.candidate.saving.params == 40
+    assert found.candidate.impact == pytest.approx(0.35)
+    assert not found.measured

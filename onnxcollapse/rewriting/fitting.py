@@ -146,7 +146,11 @@ class Fitter:
                     i for i in waiting if requests[i.key] and all(r in statistics for r in requests[i.key])
                 ]
                 for number, item in enumerate(here):
-                    now = sweep.again(trial, requests[item.key]) if number else statistics
+                    now = statistics
+                    if (
+                        number
+                    ):  # a neighbour that was rewritten may have taken away tensors that were asked for
+                        now = sweep.again(trial, requests_of(item.maker, self._site(trial, item)))
                     again = self._refit(trial, item, now) or done.get(item.key)
                     if again is None:
                         continue  # nothing to repair

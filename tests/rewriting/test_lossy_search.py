@@ -143,3 +143,16 @@ def test_a_model_without_declared_types_between_its_layers_is_rewritten_like_one
     result = shrink(model, correlated(400, 16), None, ("params", 0.6))
     assert result.met
     assert set(kept(result)) == {"u0", "u1", "u2"}
+
+
+def test_a_site_that_reads_what_another_pass_has_renamed_is_fitted_to_it():
+    """The collapsed block's input is the narrowed layer's hidden tensor, which loses its name with its channels."""
+    net = Net(3)
+    hidden = net.dense(net.op("Relu", net.dense("x", 16, 64)), 64, 96)
+    net.dense(net.op("PRelu", hidden, net.const([0.97])), 96, 24, name="y")
+    model = net.model({"x": ["n", 16]}, {"y": ["n", 24]})
+    result = shrink(model, correlated(600, 16), 0.2, passes=[NarrowFfn(), CollapseFfn(ranks=False)])
+    names = {entry.pass_name.split(":")[0] for entry in result.journal.of("kept")}
+    assert names == {"narrow-ffn", "collapse-ffn"}
+    assert not [entry for entry in result.journal if "is not in the model's main graph" in entry.reason]
+    assert 0.1 < result.error <= 0.2

@@ -169,7 +169,7 @@ class Trials:
         """Runs a variant's own segment."""
         outcome = self.outcomes[key]
         ends = list(dict.fromkeys([*segment.gives, *segment.outputs]))
-        trial = extract(self._model, segment, ends, self._types(segment))
+        trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends))
         tape = self._tapes[key] = Tape(self._walk.tape)
         try:
             outcome.told, outcome.problem = variant.change(trial)
@@ -210,8 +210,12 @@ class Trials:
         return adopt(scratch, self._provider)
 
     def _types(self, segment: Segment) -> dict[str, ir.DataType]:
+        return self._types_of(segment.reads)
+
+    def _types_of(self, names: Sequence[str]) -> dict[str, ir.DataType]:
+        """Element types of tensors that wait on the tape; an edited segment has to declare what it gives."""
         tape = self._walk.tape
-        return {name: ir.DataType.from_numpy(tape.dtype(name)) for name in segment.reads}
+        return {name: ir.DataType.from_numpy(tape.dtype(name)) for name in names if name in tape}
 
     @staticmethod
     def _feeds(tape: Tape, segment: Segment, number: int, batch: Feeds) -> Feeds:

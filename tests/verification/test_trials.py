@@ -43,7 +43,7 @@ def test_each_variant_costs_what_it_costs_alone(metric, whole):
     model = residual()
     data = data_for(model)
     points = [] if whole else cut_points(model.graph)
-    assert whole or len(points) == LAYERS
+    assert whole or len(points) == LAYERS + 1  # the first projection too
     verifier = Verifier(model, data, metric, "cpu")
     trials = Trials(model, data, verifier, points, provider="cpu")
     places = {f"{layer} {factor}": (layer, factor) for layer in (0, 2, LAYERS - 1) for factor in (0.5, 0.9)}

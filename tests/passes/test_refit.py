@@ -58,17 +58,17 @@ def kinds(model):
 
 NETWORKS = {
     # model, rows, operators that may be refitted
-    "stream": (stream, lambda: correlated(800, 16), {"u1", "u2"}),
-    "stream without biases": (lambda: stream(bias=False), lambda: correlated(800, 16), {"u1", "u2"}),
+    "stream": (lambda: stream(2), lambda: correlated(600, 16), {"u1"}),
+    "stream without biases": (lambda: stream(2, bias=False), lambda: correlated(600, 16), {"u1"}),
     "tokens": (
-        lambda: stream(shape=("n", "t")),
-        lambda: correlated(1200, 16).reshape(300, 4, 16),
-        {"u1", "u2"},
+        lambda: stream(2, shape=("n", "t")),
+        lambda: correlated(800, 16).reshape(200, 4, 16),
+        {"u1"},
     ),
     "chain": (
-        lambda: mlp([16, 64, 64, 64, 8], "Tanh"),
+        lambda: mlp([16, 48, 48, 8], "Tanh"),
         lambda: correlated(800, 16),
-        {"gemm2", "gemm4", "y"},
+        {"gemm2", "y"},
     ),
 }
 
@@ -103,9 +103,9 @@ def test_layer_by_layer_it_does_the_same():
     assert cut.error == pytest.approx(whole.error, rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_never_raises_the_error(seed):
-    model, x = mlp([16, 64, 64, 8], seed=seed), correlated(200, 16, seed=seed)
+    model, x = mlp([16, 32, 32, 8], seed=seed), correlated(200, 16, seed=seed)
     without, beside = (
         shrink(model, x, NarrowFfn(), share=0.5),
         shrink(model, x, NarrowFfn(), Refit(), share=0.5),

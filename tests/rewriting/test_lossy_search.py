@@ -36,9 +36,9 @@ def widths(model):
     return [layer.width for layer in hidden_layers(model.graph)[0]]
 
 
-@pytest.mark.parametrize("error", [0.03, 0.1, 0.3])
+@pytest.mark.parametrize("error", [0.05, 0.3])
 def test_a_budget_alone_is_spent_but_not_overspent(error):
-    model, x = mlp([16, 64, 64, 64, 8]), correlated(600, 16)
+    model, x = mlp([16, 64, 64, 8]), correlated(400, 16)
     result = shrink(model, x, error)
     assert result.met
     assert 0.75 * error < result.error <= error
@@ -49,16 +49,16 @@ def test_a_budget_alone_is_spent_but_not_overspent(error):
 
 
 def test_a_larger_budget_saves_more():
-    model, x = mlp([16, 64, 64, 8]), correlated(500, 16)
-    sizes = [shrink(model, x, error).after.params for error in (0.02, 0.1, 0.3)]
+    model, x = mlp([16, 64, 64, 8]), correlated(300, 16)
+    sizes = [shrink(model, x, error).after.params for error in (0.05, 0.3)]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == 3
+    assert len(set(sizes)) == 2
 
 
-@pytest.mark.parametrize("share", [0.6, 0.5, 0.3])
+@pytest.mark.parametrize("share", [0.5])
 def test_a_target_is_met_closely_where_the_savings_of_neighbours_overlap(share):
     """Each Linear between two hidden layers is counted by both, so that sums of savings promise too much."""
-    model, x = mlp([32, *[64] * 6, 8]), correlated(300, 32)
+    model, x = mlp([32, *[64] * 5, 8]), correlated(200, 32)
     result = shrink(model, x, None, ("params", share), [NarrowFfn(skip=False, align=1)])
     assert result.met
     assert share - 0.01 <= result.after.params / result.before.params <= share

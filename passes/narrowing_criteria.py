@@ -63,6 +63,7 @@ class Fitted:
         error: Relative error at the consumer's output on held-out data, in closed form.
         detail: In words.
         skip: The path: nothing, one matrix [d_in, d_out], or two factors.
+        ridge: The strength it was fitted with.
     """
 
     choice: Choice
@@ -72,6 +73,7 @@ class Fitted:
     error: float
     detail: str
     skip: tuple[np.ndarray, ...] = field(default=())
+    ridge: float = 0.0
 
 
 def pays_from(layer: HiddenLayer) -> float:
@@ -126,7 +128,8 @@ def by_residual(
     elif layer.width > FEW:
         paying = paying[::-1][::3]
     if paying and (only is None or only.path != "none"):
-        fits = fitted(2, 3, paying, fixed=1)
+        ridges = (found[0].ridge,) if only is None and found else RIDGES  # near enough for a ladder
+        fits = fitted(2, 3, paying, fixed=1, ridges=ridges)
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
@@ -250,7 +253,9 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
 
 
 def _of(choice: Choice, found: SubsetFit) -> Fitted:
-    return Fitted(choice, found.keep, found.matrix, found.offset, found.error, f"ridge {found.ridge:g}")
+    return Fitted(
+        choice, found.keep, found.matrix, found.offset, found.error, f"ridge {found.ridge:g}", (), found.ridge
+    )
 
 
 def _with_path(count: int, found: SubsetFit, width: int) -> Fitted:

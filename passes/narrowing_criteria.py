@@ -16,6 +16,9 @@ from onnxcollapse.calibration.statistics import GramMatrix, MomentSums
 from onnxcollapse.calibration.subset import SubsetFit, eliminate, refit_subset
 from onnxcollapse.structure import FeedForward, HiddenLayer, prelu_slope
 
+FEW = 256
+"""Channels up to which a path is offered at every width that it pays at, beyond at every third."""
+
 RANK_SHARE = 4
 """A path of limited rank has this fraction of full rank."""
 
@@ -117,7 +120,11 @@ def by_residual(
         found += [_of(Choice(count), fit) for count, fit in zip(plain, fits, strict=True)]
     if not with_input:
         return found
-    paying = [c for c in counts if layer.width - c > pays_from(layer)][::3] if only is None else list(counts)
+    paying = [count for count in counts if layer.width - count > pays_from(layer)]
+    if only is not None:
+        paying = list(counts)
+    elif layer.width > FEW:
+        paying = paying[::-1][::3]
     if paying and (only is None or only.path != "none"):
         fits = fitted(2, 3, paying, fixed=1)
         for count, whole in zip(paying, fits, strict=True):
@@ -217,7 +224,7 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
 
     Args:
         block: A plain block whose activation has the slope 1 above zero.
-        heldout: Sums of [x, a, y] on held-out rows.
+        heldout: Sums of [z, a, y] on held-out rows, z = x W1 + b1.
         rates: Moments of the pre-activations over all calibration rows.
         threshold: Of the rate, in (0, 1].
 
@@ -236,8 +243,8 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
     offset = block.down.offset() + bias[linear] @ down[linear]
     keep = np.flatnonzero(~linear)
     matrix = down[keep]
-    features = np.concatenate([heldout.columns(1), heldout.columns(2)[keep]])
-    error = relative_error(heldout, features, 3, np.concatenate([skip, matrix]), offset)
+    features = np.concatenate([heldout.columns(1)[linear], heldout.columns(2)[keep]])
+    error = relative_error(heldout, features, 3, np.concatenate([down[linear], matrix]), block.down.offset())
     detail = f"{count} neurons with an activation rate of {threshold:g} or more moved to a skip path"
     return Fitted(Choice(len(keep), "full"), keep, matrix, offset, error, detail, (skip,))
 

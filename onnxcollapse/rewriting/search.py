@@ -15,7 +15,7 @@ from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.passes import Pass
-from onnxcollapse.rewriting.proposal import Proposal
+from onnxcollapse.rewriting.proposal import Proposal, Saving
 from onnxcollapse.rewriting.selection import Candidate, choose
 from onnxcollapse.verification.metrics import additive_power
 
@@ -202,6 +202,32 @@ class Search:
             saved = sum(item.saving.of(self._measure) for item in chosen)
             return self._extents.of(model).of(self._measure) - saved
         return self._extents.of(trial).of(self._measure)
+
+
+def marginal(
+    start: Model,
+    chosen: Sequence[Candidate],
+    done: Mapping[tuple[str, str, str], Proposal],
+    extents: Extents,
+) -> dict[tuple[str, str, str], Saving]:
+    """What each rewrite takes away behind those before it, so that all of them add up to what is saved.
+
+    Args:
+        start: The model that they were made for.
+        chosen: What was applied.
+        done: How it was fitted.
+        extents: Measures; latencies stay 0, as they do not add up.
+
+    Raises:
+        ModelError: One of them cannot be applied again.
+    """
+    model, found = start.clone(), {}
+    before = extents.of(model)
+    for item in sorted(chosen, key=lambda item: item.position):
+        apply(model, item.maker, done[item.key])
+        after = extents.of(model)
+        found[item.key], before = before - after, after
+    return found
 
 
 def _overlap(chosen: Sequence[Candidate]) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from scipy import optimize, sparse
 
+from onnxcollapse.quiet import STDOUT, quiet
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Proposal, Saving
 
@@ -118,13 +119,14 @@ def choose(
 
 def _solve(objective: np.ndarray, rules: list[optimize.LinearConstraint]) -> np.ndarray | None:
     """Which items to take, bool; None where no selection obeys the rules."""
-    result = optimize.milp(
-        objective,
-        integrality=np.ones(len(objective), np.uint8),
-        bounds=optimize.Bounds(0, 1),
-        constraints=rules,
-        options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
-    )
+    with quiet(STDOUT):  # some releases of HiGHS print there what they are at
+        result = optimize.milp(
+            objective,
+            integrality=np.ones(len(objective), np.uint8),
+            bounds=optimize.Bounds(0, 1),
+            constraints=rules,
+            options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
+        )
     return None if result.x is None else result.x > 0.5
 
 

@@ -76,6 +76,7 @@ class Search:
         self._start, self._kept, self._rest = start, kept, rest
         self._budget, self._extents, self._attempt = budget, extents, attempt
         self._sizes: dict[frozenset[Any], float] = {}
+        self._already = 0.0
         self._measure, self._power = extents.measure, additive_power(budget.metric)
 
     def run(self, error: float) -> Trial | None:
@@ -84,6 +85,7 @@ class Search:
         Args:
             error: Of the model as it is.
         """
+        self._already = error
         if self._budget.target is None:
             return self._as_much_as_fits(error)
         wanted = self._extents.missing(self._start)
@@ -100,7 +102,7 @@ class Search:
         best: Trial | None = None
         low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):
-            chosen = choose(self._rest, self._measure, allowed=aim, power=power)
+            chosen = choose(self._rest, self._measure, allowed=aim, power=power, already=self._already)
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
@@ -124,7 +126,7 @@ class Search:
         best: Trial | None = None
         ask, seen = wanted, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):
-            chosen = choose(self._rest, self._measure, needed=ask, power=self._power)
+            chosen = choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
@@ -146,7 +148,7 @@ class Search:
         low, high, ask = 0.0, math.inf, wanted
         best: list[Candidate] = []
         for _ in range(SIZINGS):
-            chosen = choose(self._rest, self._measure, needed=ask, power=self._power)
+            chosen = choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
             if not chosen or not _overlap(chosen):
                 return best or chosen
             saved = before - self._size(self._start, [*self._kept, *chosen])

@@ -80,6 +80,7 @@ def choose(
     needed: float | None = None,
     allowed: float = float("inf"),
     power: int = 1,
+    already: float = 0.0,
 ) -> list[Candidate]:
     """Chooses one variant or none for each site: a knapsack with multiple choice, solved by HiGHS.
 
@@ -92,6 +93,7 @@ def choose(
             saves enough, what saves most is chosen.
         allowed: Largest error of all together.
         power: Of the error, that adds up.
+        already: Error of the model that they were made for, which is part of the impact of each.
 
     Returns:
         The chosen, in graph order.
@@ -99,7 +101,7 @@ def choose(
     if not candidates:
         return []
     saved = np.array([float(item.saving.of(measure)) for item in candidates])
-    cost = np.array([item.impact**power for item in candidates])
+    cost = np.array([max(item.impact**power - already**power, 0.0) for item in candidates])
     if not np.isfinite(cost).all():
         raise ValueError("candidates without a measured impact cannot be chosen among")
     saved_unit, cost_unit = max(np.abs(saved).max(), 1e-30), max(cost.max(), 1e-30)

@@ -231,3 +231,9 @@ def test_what_the_solver_prints_does_not_reach_stdout(monkeypatch, capfd):
     sys.stdout.write("after")
     ctypes.CDLL(None).fflush(None)
     assert capfd.readouterr().out == "before after"
+
+
+def test_the_error_that_is_there_already_counts_for_no_candidate():
+    items = [candidate("a", impact=0.5), candidate("b", impact=0.5, position=1)]
+    assert not choose(items, "params", allowed=0.4, power=2)
+    assert names(choose(items, "params", allowed=0.4, power=2, already=0.45)) == "ab"

@@ -32,7 +32,7 @@ ANCHORS = 5
 """Variants of a site that are measured: the one that fits best, the worst, and those between."""
 
 FORWARDS = 2.0
-"""All measurements together cost no more than this many runs of the calibration data."""
+"""All measurements together cost about this many runs of the calibration data; segments count as equally long."""
 
 FEWEST = 2
 """Samples that a candidate is measured on at least."""

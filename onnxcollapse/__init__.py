@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxcollapse.calibration import open_data
     from onnxcollapse.model import Model
     from onnxcollapse.rewriting import Budget, Decline, Pass, Proposal, Saving, Target
+    from onnxcollapse.rewriting.frontier import frontier
     from onnxcollapse.rewriting.pipeline import Result, optimize
     from onnxcollapse.verification import compare
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Saving": "onnxcollapse.rewriting",
     "Target": "onnxcollapse.rewriting",
     "compare": "onnxcollapse.verification",
+    "frontier": "onnxcollapse.rewriting.frontier",
     "open_data": "onnxcollapse.calibration",
     "optimize": "onnxcollapse.rewriting.pipeline",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "Saving",
     "Target",
     "compare",
+    "frontier",
     "open_data",
     "optimize",
 ]

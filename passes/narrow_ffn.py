@@ -39,6 +39,11 @@ from onnxcollapse.structure import Convolution, HiddenLayer, hidden_layer_at, hi
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.12, 0.08, 0.05)
 """Shares of a layer's channels that are offered."""
 
+WIDE_SHARES = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
+"""The same where a layer has more than WIDE features: each takes a solution of that size."""
+
+WIDE = 768
+
 POSITIONS = 64
 """Rows of each image that sums are gathered from: neighbouring positions say much the same."""
 
@@ -237,7 +242,7 @@ class NarrowFfn(Pass):
     def _curve(self, site: Channels, statistics: Statistics, only: Choice | None) -> list[Fitted]:
         request = self._gram(site)
         fit, heldout = statistics.fit(request), statistics.heldout(request)
-        counts = self._counts(site.layer.width) if only is None else [only.count]
+        counts = self._counts(site.layer) if only is None else [only.count]
         if self.criterion == "residual":
             with_input = self._with_input(site)
             weights = None if site.after is None else importance(site.after, fit)
@@ -248,10 +253,11 @@ class NarrowFfn(Pass):
             site.layer, fit, heldout, counts, self.criterion, refit=self.refit_rest, seed=self.seed
         )
 
-    def _counts(self, width: int) -> list[int]:
+    def _counts(self, layer: HiddenLayer) -> list[int]:
         """Widths below the layer's, the largest first."""
+        width, shares = layer.width, SHARES if layer.width * layer.group <= WIDE else WIDE_SHARES
         align = self.align if width >= 8 * self.align else 1
-        counts = {max(round(width * share / align), 1) * align for share in SHARES}
+        counts = {max(round(width * share / align), 1) * align for share in shares}
         return sorted((count for count in counts if count < width), reverse=True)
 
     def _published(self, site: Channels, statistics: Statistics) -> Proposal | Decline:

@@ -117,7 +117,7 @@ def by_residual(
         found += [_of(Choice(count), fit) for count, fit in zip(plain, fits, strict=True)]
     if not with_input:
         return found
-    paying = [c for c in counts if layer.width - c > pays_from(layer)][::2] if only is None else list(counts)
+    paying = [c for c in counts if layer.width - c > pays_from(layer)][::3] if only is None else list(counts)
     if paying and (only is None or only.path != "none"):
         fits = fitted(2, 3, paying, fixed=1)
         for count, whole in zip(paying, fits, strict=True):

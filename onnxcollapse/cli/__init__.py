@@ -10,6 +10,7 @@ from onnxcollapse.cli.console import Group
 from onnxcollapse.cli.doctor import doctor
 from onnxcollapse.cli.optimize import optimize
 from onnxcollapse.cli.passes import passes
+from onnxcollapse.cli.sweep import sweep
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +22,7 @@ def main() -> None:
     """
 
 
-for command in (optimize, compare, passes, doctor):
+for command in (optimize, sweep, compare, passes, doctor):
     main.add_command(command)
 
 __all__ = ["main"]

@@ -29,25 +29,16 @@ if TYPE_CHECKING:
 )
 @options.window
 @click.option("--budget", type=float, help="Largest error at the outputs on held-out data.  [default: 0.01]")
-@click.option(
-    "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
-)
+@options.metric
 @click.option(
     "--target",
     "target_share",
     help="Share to keep at the least error, as params=0.75; also flops, bytes and latency.",
 )
-@click.option(
-    "--pass",
-    "specs",
-    multiple=True,
-    metavar="NAME[:OPT=VALUE,...]",
-    help="Run this pass; several run in the order given.",
-)
+@options.specs
+@options.align
 @options.provider
-@click.option(
-    "--memory", metavar="SIZE", help="Resident memory to stay under, as 4GB; half of what is free by default."
-)
+@options.memory
 @click.option(
     "--report", "report_folder", metavar="DIR", help="Write report.html, report.json and journal.json there."
 )
@@ -66,6 +57,7 @@ def optimize(
     metric: str,
     target_share: str | None,
     specs: tuple[str, ...],
+    align: int,
     provider: str,
     memory: str | None,
     report_folder: str | None,
@@ -85,7 +77,7 @@ def optimize(
         destinations.check_folder(report_folder)
     with user_code():
         allowed = _budget(budget, metric, target_share)
-        result = _run(model, calib, window, allowed, specs, provider, seed, memory, quiet=as_json)
+        result = _run(model, calib, window, allowed, specs, align, provider, seed, memory, quiet=as_json)
     if not allow_partial:
         pipeline.require_met(result)
     summary = {**result.to_dict(), "peak_rss_bytes": peak_resident(), "output": target}
@@ -104,6 +96,7 @@ def _run(
     window: int | None,
     budget: Budget,
     specs: Sequence[str],
+    align: int,
     provider: str,
     seed: int,
     memory: str | None,
@@ -115,7 +108,7 @@ def _run(
     from onnxcollapse.model import Model
     from onnxcollapse.rewriting import pipeline, registry
 
-    passes = [registry.parse(spec) for spec in specs] or None
+    passes = registry.chosen(specs, {"align": align})
     if provider != "auto":
         chain(provider)  # an unknown one is an error, also where nothing will run on it
     if calib is None and window is not None:

@@ -19,6 +19,27 @@ window = click.option(
     metavar="TOKENS",
     help="Tokens a window of text:FILE; by default what the model takes, 128 at most.",
 )
+metric = click.option(
+    "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
+)
+specs = click.option(
+    "--pass",
+    "specs",
+    multiple=True,
+    metavar="NAME[:OPT=VALUE,...]",
+    help="Run this pass; several run in the order given.",
+)
+align = click.option(
+    "--align",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Make widths that a pass chooses multiples of this, unless its --pass says align=N itself.",
+)
+memory = click.option(
+    "--memory", metavar="SIZE", help="Resident memory to stay under, as 4GB; half of what is free by default."
+)
 as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else there."
 )

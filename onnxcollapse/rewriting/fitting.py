@@ -91,7 +91,7 @@ class Fitter:
         """
         trial = start.clone()
         done = {item.key: item.proposal for item in chosen}
-        requests = {item.key: tuple(requests_of(item.maker, self._site(trial, item))) for item in chosen}
+        requests = {item.key: self._requests(trial, item) for item in chosen}
         waiting = sorted(chosen, key=lambda item: item.position)
         if len(chosen) > 1 or self.changed:
             waiting = self._fit_again(trial, waiting, requests, done)
@@ -124,7 +124,7 @@ class Fitter:
                 if place >= first:
                     waiting.append(Candidate(maker, Proposal(site.name), place, frozenset()))
         waiting.sort(key=lambda item: item.position)
-        requests = {item.key: tuple(requests_of(item.maker, self._site(trial, item))) for item in waiting}
+        requests = {item.key: self._requests(trial, item) for item in waiting}
         done: dict[tuple[str, str, str], Proposal] = {}
         self._fit_again(trial, waiting, requests, done)
         return trial, [(item.maker, done[item.key]) for item in waiting if item.key in done]
@@ -146,7 +146,7 @@ class Fitter:
                     i for i in waiting if requests[i.key] and all(r in statistics for r in requests[i.key])
                 ]
                 for number, item in enumerate(here):
-                    now = sweep.again(trial, requests[item.key]) if number else statistics
+                    now = sweep.again(trial, self._requests(trial, item)) if number else statistics
                     again = self._refit(trial, item, now) or done.get(item.key)
                     if again is None:
                         continue  # nothing to repair
@@ -160,6 +160,10 @@ class Fitter:
     def _site(model: Model, candidate: Candidate) -> Site:
         site: Site = site_of(candidate.maker, model, candidate.proposal.site)
         return site
+
+    def _requests(self, model: Model, candidate: Candidate) -> tuple[Request, ...]:
+        """What a candidate's fit needs in a model as it is now: a rewrite before it may have cut its input."""
+        return tuple(requests_of(candidate.maker, self._site(model, candidate)))
 
     def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal | None:
         """Proposes the same variant again."""

@@ -24,6 +24,7 @@ from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.fitting import Fitter, Place, apply
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
+from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
 from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.rewriting.progress import Progress
@@ -86,6 +87,7 @@ class LossyStage:
         plan: Where models are cut to be run.
         provider: Where statistics are computed.
         progress: Told how far the work is.
+        opening: Where the first round's prices are kept for runs to other shares.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class LossyStage:
         plan: Plan,
         provider: str = "auto",
         progress: Progress | None = None,
+        opening: Opening | None = None,
     ) -> None:
         self._model = model
+        self._opening = opening or Opening()
         self._passes = [item for item in passes if not item.repairs]
         self._repairs = [item for item in passes if item.repairs]
         self._data, self._provider = data, provider
@@ -120,7 +124,7 @@ class LossyStage:
         self._taken: list[Candidate] = []
         self._failure = _Failure()
         self._began = 0
-        self.error = verifier.error(model)
+        self.error = self._opening.once("error", lambda: verifier.error(model))
         self.changed = False
 
     def run(self) -> None:
@@ -146,7 +150,7 @@ class LossyStage:
         """Prices, chooses and applies; returns whether another round has something new to look at."""
         start, self._began = self._model.clone(), len(self._journal.entries)
         self._done = {}
-        priced = self._price(start, self._candidates(start), number)
+        priced = self._price(start, self._candidates(start), number) if number else self._first(start)
         self._waiting |= {candidate.key: candidate for candidate in priced}
         refused, kept = len(self._refused), list[Candidate]()
 
@@ -168,6 +172,18 @@ class LossyStage:
         elif self._failure.tried:
             admit(ranked(self._failure.tried, self._measure), attempt, self._roll_back)
         return bool(kept) or len(self._refused) > refused
+
+    def _first(self, start: Model) -> list[Candidate]:
+        """Prices the first round, which every share of one measure begins with."""
+
+        def look() -> tuple[list[Candidate], dict[Any, Any], set[Any]]:
+            priced = self._price(start, self._candidates(start), 0)
+            return priced, dict(self._offered), set(self._refused)
+
+        priced, offered, refused = self._opening.noted("round 1", self._journal, look)
+        self._offered |= offered
+        self._refused |= refused
+        return list(priced)
 
     @property
     def _measure(self) -> str:
@@ -252,6 +268,7 @@ class LossyStage:
             if not chosen or not _overlap(chosen):
                 return best or chosen
             saved = before - self._size(start, [*kept, *chosen])
+            logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
             if saved >= wanted:
                 best, high = chosen, ask
                 if saved - wanted <= CLOSE * before:

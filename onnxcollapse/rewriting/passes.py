@@ -199,6 +199,11 @@ def option_types(pass_type: type[Pass]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(pass_type)}
 
 
+def takes_integer(pass_type: type[Pass], option: str) -> bool:
+    """Whether a pass has an option of that name that may be an integer."""
+    return int in _members(option_types(pass_type).get(option.replace("-", "_")))
+
+
 def describe_options(pass_type: type[Pass]) -> list[tuple[str, str, str]]:
     """Returns (option, type, default) of each option of a pass, as the command line spells them."""
     kinds = option_types(pass_type)

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcollapse.calibration import Dataset, plan
+from onnxcollapse.calibration import Dataset, Plan, plan
 from onnxcollapse.calibration.providers import chain, options_of
 from onnxcollapse.errors import BudgetNotMetError
 from onnxcollapse.model import Model, Size, flops, provenance, size, walk
@@ -21,6 +21,7 @@ from onnxcollapse.rewriting.exact import ExactStage
 from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.lossy import LossyStage
+from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.registry import defaults
@@ -153,6 +154,24 @@ def _journal_for(
     return journal
 
 
+def _plan(opening: Opening, model: Model, memory: int | None, data: Dataset | None) -> Plan | None:
+    return None if data is None else opening.once("plan", lambda: plan(model, memory, data))
+
+
+def _verifier(
+    opening: Opening, model: Model, data: Dataset | None, metric: str, provider: str, cuts: Sequence[str]
+) -> Verifier | None:
+    if data is None:
+        return None
+    return opening.once("verifier", lambda: Verifier(model, data, metric, provider, cuts))
+
+
+def _settled(work: Model, stage: ExactStage) -> Model:
+    """Runs the exact stage on a model, of which a copy stays as the stage left it."""
+    stage.run()
+    return work.clone()
+
+
 def optimize(
     model: Model,
     data: Dataset | None = None,
@@ -163,6 +182,7 @@ def optimize(
     seed: int = 0,
     memory: int | None = None,
     progress: Progress | None = None,
+    opening: Opening | None = None,
 ) -> Result:
     """Makes a model smaller inside a budget; see the module for the order of things.
 
@@ -176,6 +196,7 @@ def optimize(
         memory: Bytes of resident memory to stay under; by default half of what is free. A model too large for that
             runs layer by layer.
         progress: Told how far the work is.
+        opening: Shared by runs that differ in the target's share only, see `frontier`.
 
     Returns:
         The smaller model with its journal and sizes.
@@ -192,15 +213,19 @@ def optimize(
     work, notes = model.clone(), list[str]()
     if data is not None:
         data.count("heldout")  # too little data to be split fails here and not after the work
-    running = None if data is None else plan(model, memory, data)
+    opening = opening or Opening()
+    measure = budget.target.measure if budget.target else None
+    opening.claim(model, data, budget.error, budget.metric, measure, chosen, provider, memory)
+    running = _plan(opening, model, memory, data)
     cuts = () if running is None else running.cuts
     if data is not None and running is not None:
         data = data.in_batches_of(running.batch)
     extents = Extents(model, budget.target, data, provider)
-    verifier = None if data is None else Verifier(model, data, budget.metric, provider, cuts)
-    ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model)).run()
+    verifier = _verifier(opening, model, data, budget.metric, provider, cuts)
+    stage = ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model))
+    work.ir = opening.noted("exact", journal, lambda: _settled(work, stage)).clone().ir
     if data is not None and verifier is not None and lossy:
-        stage = LossyStage(
+        lossy_stage = LossyStage(
             work,
             lossy,
             data,
@@ -208,12 +233,13 @@ def optimize(
             budget,
             journal,
             extents=extents,
-            plan=plan(work, memory),
+            plan=opening.once("lossy plan", lambda: plan(work, memory)),
             provider=provider,
             progress=progress,
+            opening=opening,
         )
-        stage.run()
-        if stage.changed:
+        lossy_stage.run()
+        if lossy_stage.changed:
             kept = work.clone()
             measured = _exactness(kept, data, Verifier(kept, data, budget.metric, provider, cuts), provider)
             ExactStage(work, exact, journal, measured, _tolerance(model)).run()

@@ -265,10 +265,17 @@ def _tensors(model: Model) -> dict[object, ir.TensorProtocol]:
 def _owners(model: Model, trials: Trials) -> dict[object, int]:
     """How many segments read each weight."""
     homes = {name: segment.index for segment in trials.segments for name in segment.makes}
-    found: dict[object, set[int]] = {}
-    for node in model.graph:
-        place = next((homes[v.name] for v in node.outputs if v.name in homes), -1)
-        for value in node.inputs:
-            if value is not None and value.is_initializer() and value.const_value is not None:
-                found.setdefault(identity(value.const_value), set()).add(place)
-    return {key: len(places) for key, places in found.items()}
+
+    def readers(value: ir.Value) -> set[int]:
+        """Segments that read a constant, also behind nodes that only constants lead to."""
+        found: set[int] = set()
+        for node in value.consumers():
+            place = next((homes[v.name] for v in node.outputs if v.name in homes), None)
+            found |= {place} if place is not None else set[int]().union(*map(readers, node.outputs))
+        return found
+
+    places: dict[object, set[int]] = {}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            places.setdefault(identity(value.const_value), set()).update(readers(value))
+    return {key: len(found) for key, found in places.items()}

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from onnxcollapse.errors import OptionError
-from onnxcollapse.rewriting.passes import Pass, build, describe_options
+from onnxcollapse.rewriting.passes import Pass, build, describe_options, takes_integer
 
 GROUP = "onnxcollapse.passes"
+
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 @functools.cache
@@ -46,8 +50,12 @@ def load(name: str) -> type[Pass]:
     return loaded
 
 
-def parse(spec: str) -> Pass:
+def parse(spec: str, fallback: Mapping[str, int] = _NOTHING) -> Pass:
     """Makes a pass from ``name[:option=value,...]``.
+
+    Args:
+        spec: The text.
+        fallback: Values of options that the text does not set, for passes that have such options.
 
     Raises:
         OptionError: The pass or an option is unknown, or a value is not of its option's type.
@@ -59,11 +67,23 @@ def parse(spec: str) -> Pass:
         if not equals:
             raise OptionError(f"--pass {spec}: '{part}' is no option=value")
         options[key.strip()] = value.strip()
-    return build(load(name.strip()), options)
+    kind = load(name.strip())
+    return build(kind, {**_known(kind, fallback), **options})
 
 
-def defaults() -> list[Pass]:
+def defaults(fallback: Mapping[str, int] = _NOTHING) -> list[Pass]:
     """Returns every registered pass that runs without options, exact ones first, in order of their names."""
     kinds = [load(name) for name in names()]
     suited = [kind for kind in kinds if all(default != "required" for *_, default in describe_options(kind))]
-    return sorted((build(kind, {}) for kind in suited), key=lambda made: (not made.exact, made.name))
+    made = [build(kind, _known(kind, fallback)) for kind in suited]
+    return sorted(made, key=lambda item: (not item.exact, item.name))
+
+
+def chosen(specs: Sequence[str], fallback: Mapping[str, int] = _NOTHING) -> list[Pass]:
+    """Returns the passes that a user named, in that order, or those that run by default; see `parse`."""
+    return [parse(spec, fallback) for spec in specs] or defaults(fallback)
+
+
+def _known(kind: type[Pass], fallback: Mapping[str, int]) -> dict[str, str]:
+    """Those of some options that a pass has."""
+    return {option: str(value) for option, value in fallback.items() if takes_integer(kind, option)}

@@ -130,3 +130,18 @@ def test_patches_are_what_a_convolution_reads(build, positions):
     matrix = weight.reshape(4, -1).T.astype(np.float64)
     np.testing.assert_allclose(got.block(1, 2), got.block(1, 1) @ matrix, atol=2e-4)
     np.testing.assert_allclose(got.block(2, 2), matrix.T @ got.block(1, 1) @ matrix, rtol=2e-4, atol=2e-4)
+
+
+def test_statistics_of_an_fp16_model_are_near_those_of_fp32(mlp):
+    """Within 1e-2: what fp16 activations lose, not what the sums do."""
+    request = Gram((Ref("x"), Ref("a")), (Ref("y"),))
+    x = rng.standard_normal((400, 20))
+    found = []
+    for dtype, kind in (("float", np.float32), ("float16", np.float16)):
+        model = mlp(dtype=dtype)
+        found.append(
+            collect(model, [request], open_data({"x": x.astype(kind)}, model), provider="cpu").fit(request)
+        )
+    exact, half = (gram.matrix[1:, 1:] for gram in found)
+    scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact))) + 1e-6
+    assert (np.abs(half - exact) / scale).max() < 1e-2

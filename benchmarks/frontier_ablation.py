@@ -54,8 +54,8 @@ class AblatedNarrowFfn(NarrowFfn):
         """Fits again, or leaves the proposal as the original model's features gave it."""
         return super().refit(site, proposal, statistics) if self.again else None
 
-    def _counts(self, width: int) -> list[int]:
-        return super()._counts(width) if not self.share else [uniform(width, self.share, self.align)]
+    def _counts(self, layer: HiddenLayer) -> list[int]:
+        return super()._counts(layer) if not self.share else [uniform(layer.width, self.share, self.align)]
 
     def _curve(self, site: Channels, statistics: Statistics, only: Choice | None) -> list[Fitted]:
         found = super()._curve(site, statistics, only)

@@ -70,8 +70,8 @@ class AblatedNarrowFfn(NarrowFfn):
         layer, heldout = site.layer, statistics.heldout(self._gram(site))
         place = 2 if self._with_input(site) else 1
         rows = layer.matrix().reshape(layer.width, layer.group, -1)[item.keep].reshape(-1, layer.d_out)
-        columns = heldout.columns(place - 1).reshape(layer.width, -1)[item.keep].ravel()
-        error = relative_error(heldout, columns, place, rows, layer.offset())
+        columns = heldout.columns(place).reshape(layer.width, -1)[item.keep].ravel()
+        error = relative_error(heldout, columns, place + 1, rows, layer.offset())
         kept = {"matrix": rows, "offset": layer.offset(), "error": error}
         return dataclasses.replace(item, **kept, detail="weights as they were")
 

@@ -321,12 +321,18 @@ def of_summary(summary: Row) -> Row:
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Old rows with the new ones in the place of those of the same model, method and share, else behind them."""
+    """Old rows and new ones, which replace those of the same model, method and share; in the order of the tables."""
     found = {(row["model"], row["method"], row["share"]): row for row in old}
     for row in new:
         found[row["model"], row["method"], row["share"]] = row
-    order = list(SETTINGS)
-    return sorted(found.values(), key=lambda row: order.index(row["model"]))
+    models, methods = list(SETTINGS), ["original", *METHODS]
+
+    def place(row: Row) -> tuple[int, int, float, float]:
+        method, _, threshold = row["method"].partition(" ")
+        share = row["share"] or 0.0
+        return models.index(row["model"]), methods.index(method), -share, float(threshold or 0)
+
+    return sorted(found.values(), key=place)
 
 
 def results() -> list[Row]:

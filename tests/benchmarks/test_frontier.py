@@ -116,14 +116,14 @@ def test_effects_add_up_in_the_power_of_the_metric_and_repairs_have_none(metric,
     assert (row["params_left"], row["flops_left"], row["peak_rss_mib"]) == (0.25, 0.25, 2)
 
 
-def test_a_new_row_replaces_the_one_of_its_key_and_models_stay_together():
+def test_a_new_row_replaces_the_one_of_its_key_and_rows_are_in_order():
     def row(model, method, share, quality):
         return {"model": model, "method": method, "share": share, "quality": quality}
 
-    old = [row("mlp", "ours", 0.5, 1), row("vgg", "ours", 0.5, 2), row("mlp", "ours", 0.05, 3)]
-    new = [row("mlp", "ours", 0.5, 4), row("mlp", "random", 0.5, 5)]
-    found = [r["quality"] for r in frontier.merged(old, new)]
-    assert found == [4, 3, 5, 2]
+    old = [row("vgg", "ours", 0.5, 2), row("mlp", "ours", 0.05, 3), row("mlp", "ours", 0.5, 1)]
+    new = [row("mlp", "ours", 0.5, 4), row("mlp", "original", None, 5)]
+    new += [row("mlp", f"activation-rate {t:g}", None, t) for t in (0.5, 0.1)]
+    assert [r["quality"] for r in frontier.merged(old, new)] == [5, 4, 3, 0.1, 0.5, 2]
 
 
 def test_the_table_has_a_line_for_each_row_and_what_is_lost():

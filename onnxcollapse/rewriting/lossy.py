@@ -21,36 +21,21 @@ from onnxcollapse.calibration import Dataset, Plan
 from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
-from onnxcollapse.rewriting.extents import LATENCY, Extents
-from onnxcollapse.rewriting.fitting import Fitter, Place, apply
+from onnxcollapse.rewriting.extents import Extents
+from onnxcollapse.rewriting.fitting import Fitter, Place
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
 from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
 from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal
-from onnxcollapse.rewriting.selection import Candidate, admit, choose, node_key, ranked
+from onnxcollapse.rewriting.search import NEAR, Search, Trial
+from onnxcollapse.rewriting.selection import Candidate, admit, node_key, ranked
 from onnxcollapse.verification import Verifier
-from onnxcollapse.verification.metrics import additive_power
 
 logger = logging.getLogger(__name__)
 
 MAX_ROUNDS = 12
-
-ATTEMPTS = 5
-"""Selections that a round builds and measures."""
-
-NEAR = 0.9
-"""Share of the budget from which on it counts as spent."""
-
-SIZINGS = 16
-"""Selections that are sized, without data, to meet a target."""
-
-SLACK = 0.25
-"""Share of the wanted saving by which a latency may be below its target."""
-
-CLOSE = 0.005
-"""Share of the model that may be saved beyond the target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +45,6 @@ class _Failure:
     reason: str = ""
     error: float | None = None
     tried: tuple[Candidate, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Trial:
-    """A model with some candidates applied and fitted, its error, and what was repaired in it."""
-
-    model: Model
-    chosen: tuple[Candidate, ...]
-    done: Mapping[tuple[str, str, str], Proposal]
-    error: float
-    repaired: tuple[tuple[Pass, Proposal], ...] = ()
 
 
 class LossyStage:
@@ -165,7 +139,9 @@ class LossyStage:
         for candidate in ranked([item for item in priced if item.maker.on_request]):
             admit([candidate], attempt, self._roll_back)
         rest = [item for item in priced if not item.maker.on_request]
-        found = self._search(start, kept, rest) if self._missing() > 0 else None
+        self._failure = _Failure()
+        search = Search(start, kept, rest, self._budget, self._extents, self._attempted)
+        found = search.run(self.error) if self._missing() > 0 else None
         if found is not None:
             self._keep(found)
             kept = list(found.chosen)
@@ -185,113 +161,14 @@ class LossyStage:
         self._refused |= refused
         return list(priced)
 
+    def _attempted(self, start: Model, chosen: Sequence[Candidate]) -> tuple[Trial | None, bool]:
+        """A trial of a selection, and whether it is inside the budget."""
+        trial = self._attempt(start, chosen)
+        return trial, trial is not None and self._fits(trial)
+
     @property
     def _measure(self) -> str:
         return self._extents.measure
-
-    def _search(self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]) -> _Trial | None:
-        """Finds the best selection by a few trials: what was predicted is corrected by what was measured."""
-        self._failure = _Failure()
-        if self._budget.target is None:
-            return self._as_much_as_fits(start, kept, rest)
-        return self._as_much_as_needed(start, kept, rest)
-
-    def _as_much_as_fits(
-        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
-    ) -> _Trial | None:
-        """Saves as much as the budget allows: the error that is aimed at follows the one that was reached."""
-        power, cap = additive_power(self._budget.metric), self._budget.cap
-        room = max(cap**power - self.error**power, 0.0) ** (1 / power)
-        best: _Trial | None = None
-        low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
-        for _ in range(ATTEMPTS):
-            chosen = choose(rest, self._measure, allowed=aim, power=power)
-            selection = frozenset(item.key for item in chosen)
-            if not chosen or selection in seen:
-                break
-            seen.add(selection)
-            trial = self._attempt(start, [*kept, *chosen])
-            if trial is None:
-                return best
-            if self._fits(trial):
-                best, low = trial, aim
-                if trial.error >= NEAR * cap:
-                    break
-                further = aim * min(0.98 * cap / max(trial.error, 1e-12), 2.0)
-                aim = min(further, (aim + high) / 2)
-            else:
-                high = aim
-                aim = max(aim * max(0.95 * cap / trial.error, 0.25), (low + aim) / 2 if low else 0.0)
-        return best
-
-    def _as_much_as_needed(
-        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
-    ) -> _Trial | None:
-        """Reaches the target at the least error."""
-        if self._measure == LATENCY:
-            return self._fast_enough(start, kept, rest)
-        chosen = self._reaching(start, kept, rest, self._missing())
-        trial = self._attempt(start, [*kept, *chosen]) if chosen else None
-        return trial if trial is not None and self._fits(trial) else None
-
-    def _fast_enough(
-        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate]
-    ) -> _Trial | None:
-        """Reaches a latency: savings of stretches do not add up to that of the model, so what is asked for follows."""
-        power, wanted = additive_power(self._budget.metric), self._missing()
-        best: _Trial | None = None
-        ask, seen = wanted, set[frozenset[Any]]()
-        for _ in range(ATTEMPTS):
-            chosen = choose(rest, self._measure, needed=ask, power=power)
-            selection = frozenset(item.key for item in chosen)
-            trial = None if not chosen or selection in seen else self._attempt(start, [*kept, *chosen])
-            if trial is None or not self._fits(trial):
-                break
-            seen.add(selection)
-            missing = self._extents.missing(trial.model)
-            if best is None or missing <= 0.0:
-                best = trial
-            if -SLACK * wanted <= missing <= 0.0:
-                break
-            ask *= wanted / max(wanted - missing, 0.25 * wanted)
-        return best
-
-    def _reaching(
-        self, start: Model, kept: Sequence[Candidate], rest: Sequence[Candidate], wanted: float
-    ) -> list[Candidate]:
-        """Chooses what saves enough; where savings of neighbours overlap, more is asked for until it does."""
-        power, before = additive_power(self._budget.metric), self._extents.of(start).of(self._measure)
-        low, high, ask = 0.0, math.inf, wanted
-        best: list[Candidate] = []
-        for _ in range(SIZINGS):
-            chosen = choose(rest, self._measure, needed=ask, power=power)
-            if not chosen or not _overlap(chosen):
-                return best or chosen
-            saved = before - self._size(start, [*kept, *chosen])
-            logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
-            if saved >= wanted:
-                best, high = chosen, ask
-                if saved - wanted <= CLOSE * before:
-                    break
-            else:
-                low = ask
-            wider = ask * min(max(wanted / max(saved, 1.0), 1.01) ** 1.5, 2.0)
-            ask = (low + high) / 2 if math.isfinite(high) else wider
-            if sum(item.saving.of(self._measure) for item in chosen) < low:
-                break  # this is all there is
-        return best or chosen
-
-    def _size(self, model: Model, chosen: Sequence[Candidate]) -> float:
-        """What a model with the chosen measures, as they were fitted for their own; as it is where they do not fit."""
-        trial = model.clone()
-        try:
-            for item in sorted(chosen, key=lambda item: item.position):
-                apply(trial, item.maker, item.proposal)
-        except ModelError as problem:
-            logger.debug("the selection cannot be sized: %s", problem)
-            saved = sum(item.saving.of(self._measure) for item in chosen)
-            return self._extents.of(model).of(self._measure) - saved
-        return self._extents.of(trial).of(self._measure)
 
     def _candidates(self, model: Model) -> list[Candidate]:
         """Asks every pass for its sites and, after one run for all their statistics, for its proposals."""
@@ -338,7 +215,7 @@ class LossyStage:
                 self._refuse(price.candidate, "declined", price.objection)
         return priced
 
-    def _attempt(self, start: Model, chosen: Sequence[Candidate]) -> _Trial | None:
+    def _attempt(self, start: Model, chosen: Sequence[Candidate]) -> Trial | None:
         """Builds the model with the chosen, fitted anew, and measures it; None where that cannot be done."""
         try:
             model, done = self._fitter.realize(start, chosen)
@@ -349,7 +226,7 @@ class LossyStage:
             self._failure = _Failure(reason, None, tuple(chosen))
             return None
         logger.info("%d rewrites together: error %.4g", len(chosen), error)
-        return _Trial(model, tuple(chosen), done, error, tuple(repaired))
+        return Trial(model, tuple(chosen), done, error, tuple(repaired))
 
     def _repair(
         self, model: Model, error: float, chosen: Sequence[Candidate]
@@ -362,7 +239,7 @@ class LossyStage:
         logger.info("%d projections refitted: error %.4g -> %.4g", len(done), error, after)
         return (repaired, after, done) if after < error else (model, error, [])
 
-    def _fits(self, trial: _Trial) -> bool:
+    def _fits(self, trial: Trial) -> bool:
         """Whether the error is inside the budget; notes why not."""
         if trial.error <= self._budget.cap:
             return True
@@ -371,7 +248,7 @@ class LossyStage:
         self._failure = _Failure(reason, trial.error, trial.chosen)
         return False
 
-    def _keep(self, trial: _Trial) -> None:
+    def _keep(self, trial: Trial) -> None:
         """Makes a trial the model and notes what is new in it, and how what was kept before is fitted now."""
         new = [item for item in trial.chosen if item.key not in self._done]
         self._taken.extend(new)
@@ -386,7 +263,7 @@ class LossyStage:
         self._done = dict(trial.done)
         self._note_repairs(trial)
 
-    def _note_repairs(self, trial: _Trial) -> None:
+    def _note_repairs(self, trial: Trial) -> None:
         """Notes what was refitted; a later selection of the same round begins anew, and so do its repairs."""
         entries, makers = self._journal.entries, {item.describe() for item in self._repairs}
         entries[self._began :] = [e for e in entries[self._began :] if e.pass_name not in makers]
@@ -438,9 +315,3 @@ class LossyStage:
         self._journal.add(
             Entry(outcome, maker, site, variant, reason, predicted, impact, error, candidate.saving)
         )
-
-
-def _overlap(chosen: Sequence[Candidate]) -> bool:
-    """Whether some share a weight: what one yields is what makes the channels of another."""
-    made = {name for item in chosen for name in item.tensors}
-    return any(item.proposal.site in made for item in chosen)

@@ -95,7 +95,7 @@ def test_the_console_names_sizes_error_provider_and_what_was_written(workspace):
 
 
 def test_the_report_folder(workspace):
-    summary = workspace.summary("--budget", 0.1, "--report", "made/report")
+    summary = workspace.summary("--budget", 0.1, "--pass", "collapse-ffn", "--report", "made/report")
     folder = workspace.folder / "made" / "report"
     assert {path.name for path in folder.iterdir()} == {"report.html", "report.json", "journal.json"}
     assert json.loads((folder / "report.json").read_text()) == summary

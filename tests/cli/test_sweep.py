@@ -200,7 +200,6 @@ def widths(network, *options) -> set[int]:
         (["--pass", "narrow-ffn:skip=false", "--align", "5"], 5),
         (["--pass", "narrow-ffn:skip=false,align=3", "--align", "5"], 3),
         (["--pass", "cleanup", "--pass", "narrow-ffn:skip=false", "--align", "7"], 7),
-        (["--align", "7"], 7),
     ],
 )
 def test_align_is_for_passes_that_have_it_and_do_not_say_otherwise(network, options, multiple):

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks for the best selection of priced candidates: what was predicted is corrected by what is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import Model
+from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.extents import LATENCY, Extents
+from onnxcollapse.rewriting.fitting import apply
+from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.proposal import Proposal
+from onnxcollapse.rewriting.selection import Candidate, choose
+from onnxcollapse.verification.metrics import additive_power
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+"""Selections that a round builds and measures."""
+
+NEAR = 0.9
+"""Share of the budget from which on it counts as spent."""
+
+SIZINGS = 16
+"""Selections that are sized, without data, to meet a target."""
+
+SLACK = 0.25
+"""Share of the wanted saving by which a latency may be below its target."""
+
+CLOSE = 0.005
+"""Share of the model that may be saved beyond the target."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """A model with some candidates applied and fitted, its error, and what was repaired in it."""
+
+    model: Model
+    chosen: tuple[Candidate, ...]
+    done: Mapping[tuple[str, str, str], Proposal]
+    error: float
+    repaired: tuple[tuple[Pass, Proposal], ...] = ()
+
+
+Attempt = Callable[[Model, Sequence[Candidate]], "tuple[Trial | None, bool]"]
+"""Builds and measures a selection; None where that fails, and whether it is inside the budget."""
+
+
+class Search:
+    """Finds a selection by a few trials.
+
+    Args:
+        start: The model that candidates were made for.
+        kept: What was kept before and stays.
+        rest: What is chosen among.
+        budget: What is accepted and wanted.
+        extents: Measures what is saved.
+        attempt: Builds and measures a selection.
+    """
+
+    def __init__(
+        self,
+        start: Model,
+        kept: Sequence[Candidate],
+        rest: Sequence[Candidate],
+        budget: Budget,
+        extents: Extents,
+        attempt: Attempt,
+    ) -> None:
+        self._start, self._kept, self._rest = start, kept, rest
+        self._budget, self._extents, self._attempt = budget, extents, attempt
+        self._measure, self._power = extents.measure, additive_power(budget.metric)
+
+    def run(self, error: float) -> Trial | None:
+        """The best trial inside the budget, None where there is none.
+
+        Args:
+            error: Of the model as it is.
+        """
+        if self._budget.target is None:
+            return self._as_much_as_fits(error)
+        wanted = self._extents.missing(self._start)
+        if self._measure == LATENCY:
+            return self._fast_enough(wanted)
+        chosen = self._reaching(wanted)
+        trial, fits = self._attempt(self._start, [*self._kept, *chosen]) if chosen else (None, False)
+        return trial if fits else None
+
+    def _as_much_as_fits(self, error: float) -> Trial | None:
+        """Saves as much as the budget allows: the error that is aimed at follows the one that was reached."""
+        power, cap = self._power, self._budget.cap
+        room = max(cap**power - error**power, 0.0) ** (1 / power)
+        best: Trial | None = None
+        low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
+        for _ in range(ATTEMPTS):
+            chosen = choose(self._rest, self._measure, allowed=aim, power=power)
+            selection = frozenset(item.key for item in chosen)
+            if not chosen or selection in seen:
+                break
+            seen.add(selection)
+            trial, fits = self._attempt(self._start, [*self._kept, *chosen])
+            if trial is None:
+                return best
+            if fits:
+                best, low = trial, aim
+                if trial.error >= NEAR * cap:
+                    break
+                further = aim * min(0.98 * cap / max(trial.error, 1e-12), 2.0)
+                aim = min(further, (aim + high) / 2)
+            else:
+                high = aim
+                aim = max(aim * max(0.95 * cap / trial.error, 0.25), (low + aim) / 2 if low else 0.0)
+        return best
+
+    def _fast_enough(self, wanted: float) -> Trial | None:
+        """Reaches a latency: savings of stretches do not add up to that of the model, so what is asked for follows."""
+        best: Trial | None = None
+        ask, seen = wanted, set[frozenset[Any]]()
+        for _ in range(ATTEMPTS):
+            chosen = choose(self._rest, self._measure, needed=ask, power=self._power)
+            selection = frozenset(item.key for item in chosen)
+            if not chosen or selection in seen:
+                break
+            trial, fits = self._attempt(self._start, [*self._kept, *chosen])
+            if trial is None or not fits:
+                break
+            seen.add(selection)
+            missing = self._extents.missing(trial.model)
+            if best is None or missing <= 0.0:
+                best = trial
+            if -SLACK * wanted <= missing <= 0.0:
+                break
+            ask *= wanted / max(wanted - missing, 0.25 * wanted)
+        return best
+
+    def _reaching(self, wanted: float) -> list[Candidate]:
+        """Chooses what saves enough; where savings of neighbours overlap, more is asked for until it does."""
+        before = self._extents.of(self._start).of(self._measure)
+        low, high, ask = 0.0, math.inf, wanted
+        best: list[Candidate] = []
+        for _ in range(SIZINGS):
+            chosen = choose(self._rest, self._measure, needed=ask, power=self._power)
+            if not chosen or not _overlap(chosen):
+                return best or chosen
+            saved = before - self._size(self._start, [*self._kept, *chosen])
+            logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
+            if saved >= wanted:
+                best, high = chosen, ask
+                if saved - wanted <= CLOSE * before:
+                    return best
+            else:
+                low = ask
+            wider = ask * min(max(wanted / max(saved, 1.0), 1.01) ** 1.5, 2.0)
+            ask = (low + high) / 2 if math.isfinite(high) else wider
+            if sum(item.saving.of(self._measure) for item in chosen) < low:
+                break  # this is all there is
+        return self._given_back(best, wanted, before) if best else chosen
+
+    def _given_back(self, chosen: list[Candidate], wanted: float, before: float) -> list[Candidate]:
+        """Lets sites of a selection that saves too much save less, those first whose error falls most."""
+        for _ in range(SIZINGS):
+            swaps = []
+            for place, item in enumerate(chosen):
+                same = [other for other in self._rest if other.key[:2] == item.key[:2]]
+                less = [
+                    other for other in same if other.saving.of(self._measure) < item.saving.of(self._measure)
+                ]
+                less.sort(key=lambda other: -other.saving.of(self._measure))
+                swaps += [
+                    (item.impact**self._power - other.impact**self._power, place, other) for other in less[:2]
+                ]
+            for drop, place, other in sorted(swaps, key=lambda swap: -swap[0]):
+                milder = [*chosen[:place], other, *chosen[place + 1 :]]
+                if drop > 0 and before - self._size(self._start, [*self._kept, *milder]) >= wanted:
+                    chosen = milder
+                    break
+            else:
+                return chosen
+        return chosen
+
+    def _size(self, model: Model, chosen: Sequence[Candidate]) -> float:
+        """What a model with the chosen measures, as they were fitted for their own; as it is where they do not fit."""
+        trial = model.clone()
+        try:
+            for item in sorted(chosen, key=lambda item: item.position):
+                apply(trial, item.maker, item.proposal)
+        except ModelError as problem:
+            logger.debug("the selection cannot be sized: %s", problem)
+            saved = sum(item.saving.of(self._measure) for item in chosen)
+            return self._extents.of(model).of(self._measure) - saved
+        return self._extents.of(trial).of(self._measure)
+
+
+def _overlap(chosen: Sequence[Candidate]) -> bool:
+    """Whether some share a weight: what one yields is what makes the channels of another."""
+    made = {name for item in chosen for name in item.tensors}
+    return any(item.proposal.site in made for item in chosen)

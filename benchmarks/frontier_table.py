@@ -37,8 +37,15 @@ def text(rows: Sequence[Row]) -> str:
         body = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
-        parts.append("\n".join([f"{model} ({measure})", *body, prediction(here), ""]))
+        parts.append("\n".join([f"{model} ({measure})", *body, *predictions(here), ""]))
     return "\n".join(parts)
+
+
+def predictions(rows: Sequence[Row]) -> list[str]:
+    """How predictions hold for ours with and without its parts, and for the rest, whose errors are larger."""
+    ours = [row for row in rows if row.get("group") in ("ours", "ablation")]
+    rest = [row for row in rows if row not in ours]
+    return [f"ours and ablations: {prediction(ours)}", f"controls and published: {prediction(rest)}"]
 
 
 def prediction(rows: Sequence[Row]) -> str:

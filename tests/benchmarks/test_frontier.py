@@ -129,15 +129,16 @@ def test_a_new_row_replaces_the_one_of_its_key_and_rows_are_in_order():
 def test_the_table_has_a_line_for_each_row_and_what_is_lost():
     rows = [
         {"model": "mlp", "method": "original", "share": None, "measure": "accuracy", "quality": 0.9},
-        {"model": "mlp", "method": "ours", "share": 0.16, "quality": 0.89, "error": 0.02, "predicted": 0.01,
-         "rewrites": [[0.1, 1e-4], [0.2, 2e-4], [0.3, 4e-4]], "met": False, "note": "why"},
+        {"model": "mlp", "method": "ours", "group": "ours", "share": 0.16, "quality": 0.89, "error": 0.02,
+         "predicted": 0.01, "rewrites": [[0.1, 1e-4], [0.2, 2e-4], [0.3, 4e-4]], "met": False, "note": "why"},
         {"model": "mlp", "method": "rival", "share": 0.16, "problem": "cannot"},
     ]  # fmt: skip
     lines = frontier_table.text(rows).splitlines()
     assert lines[0] == "mlp (accuracy)" and lines[1].split() == list(frontier_table.HEAD)
     assert lines[3].split()[:4] == ["ours", "0.16", "0.8900", "+0.0100"] and lines[3].endswith("why; not met")
     assert lines[4].endswith("cannot")
-    assert "3 rewrites" in lines[5] and "1.00;" in lines[5] and "worst 0.50" in lines[5]
+    assert lines[6] == "controls and published: no predictions to compare"
+    assert "ours and ablations: 3 rewrites" in lines[5] and "1.00;" in lines[5] and "worst 0.50" in lines[5]
 
 
 def test_predictions_need_more_than_two_points():

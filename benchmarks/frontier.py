@@ -14,9 +14,10 @@ criterion has a threshold instead of a target, so its rows have no share: they a
 weights shrink nothing; `params_left` then counts what is not zero, and `note` says so.
 
 `seconds` is the tool's own wall time, `load` the machine's load average when it began: above the number of cores
-something else ran beside it. `predicted` is what the rewrites' effects alone give together (the root of the sum of
-their squares for rel-l2, their sum for kl), to be held against `error`; `rewrites` has for each that was kept the
-error predicted at its site and the effect measured at the outputs of it alone.
+something else ran beside it; `threads` is what OMP_NUM_THREADS allowed. `predicted` is what the rewrites' effects
+alone give together (the root of the sum of their squares for rel-l2, their sum for kl), to be held against `error`;
+`rewrites` has for each that was kept the error predicted at its site and the effect measured at the outputs of it
+alone.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ class Bench:
     def row(self, job: Job) -> Row:
         """Makes one row; what cannot be done is a row with the reason in `problem`."""
         start: Row = {"model": job.model, "method": job.label, "share": job.share}
-        start |= {"load": round(os.getloadavg()[0], 1), "problem": None}
+        start |= {"load": round(os.getloadavg()[0], 1), "threads": _threads(), "problem": None}
         if job.method == "original":
             return {
                 **start,
@@ -292,6 +293,11 @@ class Bench:
                 f"{' '.join(arguments[:3])} ended with {done.returncode}: {done.stderr.strip()[-250:]}"
             )
         return done.stdout
+
+
+def _threads() -> int:
+    """Threads of the numerical libraries: all cores, unless the environment says otherwise."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def of_summary(summary: Row) -> Row:

@@ -160,8 +160,12 @@ class NarrowFfn(Pass):
         return Channels(layer, chained, _after(model, layer))
 
     def requests(self, site: Channels) -> Sequence[Request]:
-        """Asks for the Gram matrix of [x, features, y], x only where it may get a path of its own."""
-        wanted: list[Request] = [self._gram(site)]
+        """Asks for the Gram matrix of [x, features, y], x only where it may get a path of its own.
+
+        The published rewrite takes the pre-activations for x: a neighbour that is rewritten first takes x away, and
+        they are linear in whatever stands in its place.
+        """
+        wanted: list[Request] = [self._gram(site, self._with_input(site))]
         if self.criterion == "activation-rate":
             wanted.append(_moments(site))
         return wanted
@@ -176,10 +180,7 @@ class NarrowFfn(Pass):
             return
         proposals = [self._proposal(site, fitted) for fitted in self._curve(site, statistics, None)]
         if not proposals:
-            yield Decline(
-                site.name,
-                f"{site.layer.width} channels leave no narrower width that is a multiple of {self.align}",
-            )
+            yield Decline(site.name, f"{site.layer.width} channel cannot become fewer")
         yield from _frontier(proposals)
 
     def refit(self, site: Channels, proposal: Proposal, statistics: Statistics) -> Proposal | None:
@@ -187,8 +188,8 @@ class NarrowFfn(Pass):
         if self.criterion == "activation-rate":
             again = self._published(site, statistics)
             return again if isinstance(again, Proposal) else None
-        [fitted] = self._curve(site, statistics, proposal.payload.choice)
-        return self._proposal(site, fitted)
+        fits = self._curve(site, statistics, proposal.payload.choice)
+        return self._proposal(site, fits[0]) if fits else None
 
     def rewrite(self, model: Model, site: Channels, proposal: Proposal) -> None:
         """Cuts the channels and puts the fitted weights in; the output keeps its name."""
@@ -211,7 +212,7 @@ class NarrowFfn(Pass):
             else "a linear path beside it would join tensors of different layout or type"
         )
 
-    def _gram(self, site: Channels) -> Gram:
+    def _gram(self, site: Channels, with_input: bool) -> Gram:
         layer = site.layer
         consumer = layer.consumer
         rank = consumer.rank or 0
@@ -220,15 +221,15 @@ class NarrowFfn(Pass):
         if isinstance(consumer, Convolution) and consumer.window is not None:
             patches = Patches(consumer.window, layer.width)
         features = [Ref(layer.features.name or "", "model", layer.feature_axis, patches, positions)]
-        if self._with_input(site) and layer.input is not None:
+        if self.criterion == "activation-rate":
+            features.insert(0, Ref(layer.pre[0].name or "", "model", layer.pre_axis, None, positions))
+        elif with_input and layer.input is not None:
             features.insert(0, Ref(layer.input.name or "", "model", layer.in_axis, None, positions))
         target = Ref(layer.output.name or "", "reference", layer.out_axis, None, positions)
         return Gram(tuple(features), (target,))
 
     def _with_input(self, site: Channels) -> bool:
-        """Whether x is among the features."""
-        if self.criterion == "activation-rate":
-            return True
+        """Whether x is among the features, so that ``residual`` can offer a path."""
         layer = site.layer
         threshold = pays_from(layer)
         return (
@@ -240,11 +241,14 @@ class NarrowFfn(Pass):
         )
 
     def _curve(self, site: Channels, statistics: Statistics, only: Choice | None) -> list[Fitted]:
-        request = self._gram(site)
+        with_input = self._with_input(site)
+        if self._gram(site, with_input) not in statistics:
+            # asked for before a neighbour was rewritten: one with a path beside it is no hidden layer any more
+            with_input = not with_input
+        request = self._gram(site, with_input)
         fit, heldout = statistics.fit(request), statistics.heldout(request)
         counts = self._counts(site.layer) if only is None else [only.count]
         if self.criterion == "residual":
-            with_input = self._with_input(site)
             weights = None if site.after is None else importance(site.after, fit)
             return by_residual(
                 site.layer, fit, heldout, counts, with_input=with_input, only=only, importance=weights
@@ -261,7 +265,7 @@ class NarrowFfn(Pass):
         return sorted((count for count in counts if count < width), reverse=True)
 
     def _published(self, site: Channels, statistics: Statistics) -> Proposal | Decline:
-        request, moments = self._gram(site), _moments(site)
+        request, moments = self._gram(site, self._with_input(site)), _moments(site)
         rates = statistics.fit(moments) + statistics.heldout(moments)
         if site.layer.block is None:
             return Decline(site.name, rate_objection(site.layer) or "")

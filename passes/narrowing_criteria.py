@@ -16,6 +16,9 @@ from onnxcollapse.calibration.statistics import GramMatrix, MomentSums
 from onnxcollapse.calibration.subset import SubsetFit, eliminate, refit_subset
 from onnxcollapse.structure import FeedForward, HiddenLayer, prelu_slope
 
+FEW = 256
+"""Channels up to which a path is offered at every width that it pays at, beyond at every third."""
+
 RANK_SHARE = 4
 """A path of limited rank has this fraction of full rank."""
 
@@ -60,6 +63,7 @@ class Fitted:
         error: Relative error at the consumer's output on held-out data, in closed form.
         detail: In words.
         skip: The path: nothing, one matrix [d_in, d_out], or two factors.
+        ridge: The strength it was fitted with.
     """
 
     choice: Choice
@@ -69,6 +73,7 @@ class Fitted:
     error: float
     detail: str
     skip: tuple[np.ndarray, ...] = field(default=())
+    ridge: float = 0.0
 
 
 def pays_from(layer: HiddenLayer) -> float:
@@ -117,9 +122,14 @@ def by_residual(
         found += [_of(Choice(count), fit) for count, fit in zip(plain, fits, strict=True)]
     if not with_input:
         return found
-    paying = [c for c in counts if layer.width - c > pays_from(layer)][::3] if only is None else list(counts)
+    paying = [count for count in counts if layer.width - count > pays_from(layer)]
+    if only is not None:
+        paying = list(counts)
+    elif layer.width > FEW:
+        paying = paying[::-1][::3]
     if paying and (only is None or only.path != "none"):
-        fits = fitted(2, 3, paying, fixed=1)
+        ridges = (found[0].ridge,) if only is None and found else RIDGES  # near enough for a ladder
+        fits = fitted(2, 3, paying, fixed=1, ridges=ridges)
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
@@ -217,7 +227,7 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
 
     Args:
         block: A plain block whose activation has the slope 1 above zero.
-        heldout: Sums of [x, a, y] on held-out rows.
+        heldout: Sums of [z, a, y] on held-out rows, z = x W1 + b1.
         rates: Moments of the pre-activations over all calibration rows.
         threshold: Of the rate, in (0, 1].
 
@@ -236,14 +246,16 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
     offset = block.down.offset() + bias[linear] @ down[linear]
     keep = np.flatnonzero(~linear)
     matrix = down[keep]
-    features = np.concatenate([heldout.columns(1), heldout.columns(2)[keep]])
-    error = relative_error(heldout, features, 3, np.concatenate([skip, matrix]), offset)
+    features = np.concatenate([heldout.columns(1)[linear], heldout.columns(2)[keep]])
+    error = relative_error(heldout, features, 3, np.concatenate([down[linear], matrix]), block.down.offset())
     detail = f"{count} neurons with an activation rate of {threshold:g} or more moved to a skip path"
     return Fitted(Choice(len(keep), "full"), keep, matrix, offset, error, detail, (skip,))
 
 
 def _of(choice: Choice, found: SubsetFit) -> Fitted:
-    return Fitted(choice, found.keep, found.matrix, found.offset, found.error, f"ridge {found.ridge:g}")
+    return Fitted(
+        choice, found.keep, found.matrix, found.offset, found.error, f"ridge {found.ridge:g}", (), found.ridge
+    )
 
 
 def _with_path(count: int, found: SubsetFit, width: int) -> Fitted:

@@ -12,18 +12,17 @@ that adds to no stream, in a chain, is fitted to its own original output. Nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, relative_error, ridge_fit
-from onnxcollapse.calibration.statistics import Gram, Ref, Request, Statistics
+from onnxcollapse.calibration.statistics import Gram, GramMatrix, Ref, Request, Statistics
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting import Decline, Pass, Proposal
 from onnxcollapse.structure import Linear, build_linear, hidden_layers, is_op, linears, operator_of
-from onnxcollapse.structure.constants import constant
+from onnxcollapse.structure.constants import constant, is_shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +71,16 @@ class Refit(Pass):
         ends = {layer.consumer.output for layer in hidden_layers(model.graph)[0]}
         for linear in linears(model.graph):
             site = _projection(linear)
-            if site.sum is not None or linear.output in ends:
+            if site.sum is None and linear.output not in ends:
+                continue
+            shared = [
+                value
+                for value in (linear.weight, linear.bias)
+                if value is not None and _shared(value, linear)
+            ]
+            if shared:
+                yield Decline(site.name, f"others read {shared[0].name}, too, which would be stored twice")
+            else:
                 yield site
 
     def site(self, model: Model, name: str) -> Projection | None:
@@ -92,6 +100,8 @@ class Refit(Pass):
         fit, heldout = statistics.fit(_gram(site)), statistics.heldout(_gram(site))
         if site.stream is not None:
             fit, heldout = fit.difference(1, 2), heldout.difference(1, 2)
+        if site.linear.bias is None:
+            fit, heldout = _through_origin(fit), _through_origin(heldout)
         matrix, offset = site.linear.matrix(), site.linear.offset()
         before = relative_error(heldout, 1, 2, matrix, offset)
         found = ridge_fit(fit, heldout, 1, 2, RIDGES, prior=matrix)
@@ -105,9 +115,16 @@ class Refit(Pass):
         """Puts new weights in the Linear's place; its output keeps the name."""
         found: LinearFit = proposal.payload
         linear = site.linear
-        offset = found.offset if linear.bias is not None or np.any(found.offset) else None
+        offset = found.offset if linear.bias is not None else None
         value = build_linear(model.graph, linear.nodes[-1], linear, linear.input, found.matrix, offset)
         edit.substitute(model, linear.output, value)
+
+
+def _through_origin(gram: GramMatrix) -> GramMatrix:
+    """Sums as if every tensor had mean 0, so that a fit to them has no bias: there is none to put it in."""
+    matrix = gram.matrix.copy()
+    matrix[0, 1:] = matrix[1:, 0] = 0.0
+    return replace(gram, matrix=matrix)
 
 
 def _gram(site: Projection) -> Gram:
@@ -128,4 +145,11 @@ def _projection(linear: Linear) -> Projection:
     others = [value for value in node.inputs if value is not linear.output]
     if len(others) != 1 or others[0] is None or constant(others[0]) is not None:
         return Projection(linear, None, None)
+    known = [value.shape for value in (linear.output, others[0]) if value.shape is not None]
+    if len(known) == 2 and known[0] != known[1]:
+        return Projection(linear, None, None)  # repeated along an axis: it has no rows to subtract
     return Projection(linear, others[0], node.outputs[0])
+
+
+def _shared(value: ir.Value, linear: Linear) -> bool:
+    return is_shared(value, frozenset(linear.nodes))

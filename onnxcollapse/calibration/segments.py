@@ -106,7 +106,7 @@ def extract(
         model: The whole model, which stays as it is; weights are shared.
         segment: One of its segments.
         outputs: Tensors of the segment to compute.
-        types: Element types of what it reads, for models that do not declare them.
+        types: Element types of what it reads and computes, for models that do not declare them.
 
     Returns:
         A model whose inputs are the segment's feeds and reads, as far as they are needed.
@@ -121,6 +121,9 @@ def extract(
     for value in graph.inputs:
         if value.dtype is None:
             value.dtype = known.get(value.name or "") or ir.DataType.FLOAT
+    for value in graph.outputs:
+        if value.type is None and (found := (types or {}).get(value.name or "")) is not None:
+            value.dtype = found
     _widen_inputs(graph)
     functions = tuple(function.clone() for function in model.ir.functions.values())
     return Model(ir.Model(graph, ir_version=model.ir.ir_version, functions=functions), path=model.path)

@@ -54,8 +54,8 @@ class Entry:
         predicted_error: Relative error at the site itself, in closed form on held-out statistics.
         impact: Error at the outputs of this rewrite alone on a sample of the fit part; None if not measured.
         error: Error at the outputs on the held-out part once it was applied with all before it; None likewise.
-        saving: What it took away, measured by applying it; of exact rewrites that were applied as a group, what
-            the pass predicted for each.
+        saving: What it took away, measured by applying it alone, or estimated from variants of its site that were
+            measured; of exact rewrites that were applied as a group, what the pass predicted for each.
     """
 
     outcome: Outcome

@@ -109,6 +109,7 @@ class LossyStage:
         done = {other.key[:2] for other in self._taken}
         for candidate in [other for key, other in self._waiting.items() if key[:2] not in done]:
             self._note(candidate, "declined", self._why_passed_over(candidate))
+        self._note_idle_repairs()
 
     def _spent(self) -> bool:
         """Whether what was kept has used up the budget."""
@@ -234,8 +235,12 @@ class LossyStage:
         """Lets passes that repair lower the error; a model that they do not help stays as it is."""
         if not self._repairs or not error > 0.0 or not math.isfinite(error):
             return model, error, []
-        repaired, done = self._fitter.repair(model, self._repairs, chosen)
-        after = self._verifier.error(repaired) if done else math.inf
+        try:
+            repaired, done = self._fitter.repair(model, self._repairs, chosen)
+            after = self._verifier.error(repaired) if done else math.inf
+        except (DataError, MetricError, ModelError) as problem:
+            logger.warning("nothing is repaired: %s", problem)
+            return model, error, []
         logger.info("%d projections refitted: error %.4g -> %.4g", len(done), error, after)
         return (repaired, after, done) if after < error else (model, error, [])
 
@@ -272,6 +277,15 @@ class LossyStage:
             self._journal.add(
                 Entry("kept", maker.describe(), site, "", proposal.detail, predicted, None, trial.error)
             )
+
+    def _note_idle_repairs(self) -> None:
+        """Says of each pass that repairs and did nothing why that is."""
+        nothing = "nothing lossy was kept that it could repair; run it beside passes that save something"
+        for maker in self._repairs:
+            name = maker.describe()
+            if all(entry.pass_name != name for entry in self._journal.of("kept")):
+                reason = "refitting lowered the error nowhere" if self.changed else nothing
+                self._journal.add(Entry("declined", name, "graph", reason=reason))
 
     def _note_new_fits(self, done: Mapping[tuple[str, str, str], Proposal]) -> None:
         """Lets the entries of what this round kept before say how it was fitted in the end."""

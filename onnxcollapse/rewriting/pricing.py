@@ -216,12 +216,15 @@ def _between(
         return Price(dataclasses.replace(candidate, impact=math.inf), problem, measured=False)
     x = np.array([item.proposal.predicted_error for item in finite])
     y = np.array([item.impact for item in finite])
-    impact = _power_law(candidate.proposal.predicted_error, x, y)
-    nearest = min(
-        finite, key=lambda item: abs(item.proposal.saving.params - candidate.proposal.saving.params)
-    )
-    ratio = candidate.proposal.saving.params / max(nearest.proposal.saving.params, 1)
-    saved = nearest.saving
+    wanted, error = candidate.proposal.saving.params, candidate.proposal.predicted_error
+
+    def distance(item: Candidate) -> tuple[float, float]:
+        return abs(item.proposal.saving.params - wanted), abs(item.proposal.predicted_error - error)
+
+    nearest = min(finite, key=distance)
+    predicted = nearest.proposal.saving.params
+    ratio = wanted / predicted if predicted > 0 else 1.0  # a pass need not predict what it saves
+    impact, saved = _power_law(error, x, y), nearest.saving
     saving = Saving(
         round(saved.params * ratio), round(saved.bytes * ratio), round(saved.flops * ratio), saved.nodes
     )

@@ -75,6 +75,7 @@ class Search:
     ) -> None:
         self._start, self._kept, self._rest = start, kept, rest
         self._budget, self._extents, self._attempt = budget, extents, attempt
+        self._sizes: dict[frozenset[Any], float] = {}
         self._measure, self._power = extents.measure, additive_power(budget.metric)
 
     def run(self, error: float) -> Trial | None:
@@ -186,6 +187,12 @@ class Search:
 
     def _size(self, model: Model, chosen: Sequence[Candidate]) -> float:
         """What a model with the chosen measures, as they were fitted for their own; as it is where they do not fit."""
+        selection = frozenset(item.key for item in chosen)
+        if selection not in self._sizes:  # applying it to a large model takes its time
+            self._sizes[selection] = self._sized(model, chosen)
+        return self._sizes[selection]
+
+    def _sized(self, model: Model, chosen: Sequence[Candidate]) -> float:
         trial = model.clone()
         try:
             for item in sorted(chosen, key=lambda item: item.position):

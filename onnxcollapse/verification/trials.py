@@ -13,7 +13,8 @@ states that it produced, so that n variants cost n changed segments and their su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -145,9 +146,7 @@ class Trials:
         self, session: Session, segment: Segment, given: Sequence[str], alive: Sequence[str], *, last: bool
     ) -> None:
         """Runs the model's own states and those of the variants before it through one segment."""
-        references = self._verifier.references(self._part, self._walk.limit) if last else None
-        for _, number, batch, _ in self._walk.batches():
-            reference = None if references is None else next(references)
+        for reference, (_, number, batch, _) in self._beside(last=last):
             if not last:
                 self._put(
                     self._walk.tape, session.run(self._feeds(self._walk.tape, segment, number, batch)), given
@@ -160,16 +159,14 @@ class Trials:
                     self._put(self._tapes[key], results, given)
                 else:
                     self._measure(key, results, reference, number, batch)
-        if references is not None:
-            references.close()
-            for key in alive:
-                self._finish(key)
+        for key in alive if last else ():
+            self._finish(key)
 
     def _own(self, key: str, variant: Variant, segment: Segment, given: Sequence[str], *, last: bool) -> None:
         """Runs a variant's own segment."""
         outcome = self.outcomes[key]
         ends = list(dict.fromkeys([*segment.gives, *segment.outputs]))
-        trial = extract(self._model, segment, ends, self._types(segment))
+        trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends))
         tape = self._tapes[key] = Tape(self._walk.tape)
         try:
             outcome.told, outcome.problem = variant.change(trial)
@@ -178,19 +175,24 @@ class Trials:
             missing = [name for name in given if name not in {value.name for value in trial.graph.outputs}]
             if missing:
                 raise ModelError(f"the rewrite takes away tensor {missing[0]!r}, which others read")
-            references = self._verifier.references(self._part, self._walk.limit) if last else None
             with self._open(trial) as session:
-                for _, number, batch, _ in self._walk.batches():
+                for reference, (_, number, batch, _) in self._beside(last=last):
                     results = session.run(self._feeds(self._walk.tape, segment, number, batch))
-                    if references is None:
+                    if reference is None:
                         self._put(tape, results, given)
                     else:
-                        self._measure(key, results, next(references), number, batch)
-            if references is not None:
-                references.close()
+                        self._measure(key, results, reference, number, batch)
+            if last:
                 self._finish(key)
         except (MetricError, ModelError) as problem:
             outcome.problem = str(problem)
+
+    def _beside(self, *, last: bool) -> Iterator[tuple[Feeds | None, tuple[DataPart, int, Feeds, bool]]]:
+        """Every batch, in the last segment with the reference's outputs, which are read to their end to be kept."""
+        references: Iterable[Feeds | None] = itertools.repeat(None)
+        if last:
+            references = self._verifier.references(self._part, self._walk.limit)
+        return zip(references, self._walk.batches(), strict=False)
 
     def _measure(self, key: str, results: Feeds, reference: Feeds, number: int, batch: Feeds) -> None:
         tape = self._tapes[key]
@@ -210,8 +212,12 @@ class Trials:
         return adopt(scratch, self._provider)
 
     def _types(self, segment: Segment) -> dict[str, ir.DataType]:
+        return self._types_of(segment.reads)
+
+    def _types_of(self, names: Sequence[str]) -> dict[str, ir.DataType]:
+        """Element types of tensors that wait on the tape; an edited segment has to declare what it gives."""
         tape = self._walk.tape
-        return {name: ir.DataType.from_numpy(tape.dtype(name)) for name in segment.reads}
+        return {name: ir.DataType.from_numpy(tape.dtype(name)) for name in names if name in tape}
 
     @staticmethod
     def _feeds(tape: Tape, segment: Segment, number: int, batch: Feeds) -> Feeds:

@@ -78,3 +78,37 @@ def test_an_array_selects_a_part_of_a_tensor():
     part = gram.columns("y")[[3, 0]]
     np.testing.assert_allclose(gram.block("x", part), x.T @ y[:, [3, 0]] / 40, rtol=1e-13)
     np.testing.assert_allclose(gram.mean(part), y[:, [3, 0]].mean(0), rtol=1e-13)
+
+
+def three(random, n=50):
+    """Rows of a, b, c with widths 3, 4, 4."""
+    return {name: random.normal(size=(n, width)) + 1.0 for name, width in (("a", 3), ("b", 4), ("c", 4))}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_projected_sums_are_those_of_the_projected_tensor(place):
+    random = np.random.default_rng(0)
+    rows = three(random)
+    name = list(rows)[place]
+    basis = random.normal(size=(rows[name].shape[1], 2))
+    found = GramMatrix.from_rows(rows).projected(place, basis)
+    expected = GramMatrix.from_rows(rows | {name: rows[name] @ basis})
+    assert (found.count, found.refs, found.widths) == (expected.count, expected.refs, expected.widths)
+    np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-12, atol=1e-10)
+    np.testing.assert_array_equal(found.matrix, found.matrix.T)
+
+
+def test_a_difference_of_sums_is_the_sums_of_the_difference():
+    rows = three(np.random.default_rng(1))
+    whole = GramMatrix.from_rows(rows)
+    before = whole.matrix.copy()
+    found = whole.difference(1, 2)
+    expected = GramMatrix.from_rows({"a": rows["a"], "b": rows["b"] - rows["c"]})
+    assert (found.refs, found.widths) == (expected.refs, expected.widths)
+    np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-12, atol=1e-10)
+    np.testing.assert_array_equal(whole.matrix, before)
+
+
+def test_tensors_of_unlike_widths_have_no_difference():
+    with pytest.raises(OptionError, match="tensors of 3 and 4 columns have no difference"):
+        GramMatrix.from_rows(three(np.random.default_rng(1))).difference(0, 2)

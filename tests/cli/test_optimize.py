@@ -100,7 +100,7 @@ def test_the_report_folder(workspace):
     assert {path.name for path in folder.iterdir()} == {"report.html", "report.json", "journal.json"}
     assert json.loads((folder / "report.json").read_text()) == summary
     journal = json.loads((folder / "journal.json").read_text())
-    assert [entry["outcome"] for entry in journal["entries"]] == ["kept"]
+    assert [entry["outcome"] for entry in journal["entries"]].count("kept") == 1
     assert journal["facts"]["data"] == {"samples": 200, "evidence": True}
     facts = {"requested": "auto", "obtained": "CPUExecutionProvider", "options": {}}
     assert journal["facts"]["provider"] == facts

@@ -43,7 +43,7 @@ def test_each_variant_costs_what_it_costs_alone(metric, whole):
     model = residual()
     data = data_for(model)
     points = [] if whole else cut_points(model.graph)
-    assert whole or len(points) == LAYERS
+    assert whole or len(points) == LAYERS + 1  # the first projection too
     verifier = Verifier(model, data, metric, "cpu")
     trials = Trials(model, data, verifier, points, provider="cpu")
     places = {f"{layer} {factor}": (layer, factor) for layer in (0, 2, LAYERS - 1) for factor in (0.5, 0.9)}
@@ -81,3 +81,21 @@ def test_what_cannot_be_measured_says_why_and_the_others_are():
     assert trials.outcomes["broken"].problem == "it broke; leave it"
     assert (trials.outcomes["unwanted"].told, trials.outcomes["unwanted"].problem) == ("half", "does not pay")
     assert trials.outcomes["unchanged"].error < 1e-6
+
+
+def test_the_reference_runs_once_for_all_variants(monkeypatch):
+    model = residual()
+    data = data_for(model)
+    verifier = Verifier(model, data, "rel-l2", "cpu")
+    runs, real = [], Verifier.references
+
+    def counted(self, part, limit=None):
+        if (part, limit) not in self._cache:
+            runs.append(limit)
+        yield from real(self, part, limit)
+
+    monkeypatch.setattr(Verifier, "references", counted)
+    trials = Trials(model, data, verifier, (), limit=5, provider="cpu")
+    variants = {str(layer): Variant(frozenset({f"a{layer}"}), scaled(layer, 0.5)) for layer in range(LAYERS)}
+    assert len(list(trials.run(variants))) == LAYERS
+    assert runs == [5]

@@ -137,6 +137,8 @@ class NarrowFfn(Pass):
             raise ValueError(f"threshold {self.threshold} must lie in (0, 1]")
         if self.align < 1:
             raise ValueError(f"align {self.align} must be 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be 0 or more")
 
     def sites(self, model: Model) -> Iterator[Channels | Decline]:
         """Finds every hidden layer; those that cannot be narrowed come with the reason."""

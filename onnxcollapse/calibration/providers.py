@@ -8,16 +8,15 @@ import functools
 import importlib
 import io
 import logging
-import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from onnxcollapse.calibration.sizes import parse_size
 from onnxcollapse.errors import OptionError, ProviderError
+from onnxcollapse.quiet import STDERR, quiet
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -94,7 +93,7 @@ class Spec:
 def runtime() -> ModuleType:
     """Imports onnxruntime without the device discovery warnings it writes on hosts without a GPU."""
     try:
-        with _quiet_stderr():
+        with quiet(STDERR):
             return importlib.import_module("onnxruntime")
     except ImportError as error:
         if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C while native code was being set up
@@ -300,22 +299,3 @@ def _probe_model() -> bytes:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
     return model.SerializeToString()
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Sends the process's stderr to nowhere: native code does not go through sys.stderr."""
-    try:
-        sys.stderr.flush()
-        saved = os.dup(2)
-    except (OSError, AttributeError):  # no stderr to silence, as under pythonw
-        yield
-        return
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)

@@ -78,13 +78,15 @@ class Extents:
             trial: A copy with the candidate applied.
             candidate: The candidate.
         """
-        saving = whole - self.of(trial)
+        return dataclasses.replace(whole - self.of(trial), latency=self.faster(start, trial, candidate))
+
+    def faster(self, start: Model, trial: Model, candidate: Candidate) -> float:
+        """Seconds that a candidate takes away, see `saving`; 0 unless latency is the target."""
         if self._timer is None:
-            return saving
+            return 0.0
         before, after = self._stretches(self._timer, start, trial, candidate)
-        faster = before - after
         logger.debug("%s: %.4g s becomes %.4g s", candidate.proposal.site, before, after)
-        return dataclasses.replace(saving, latency=faster if abs(faster) > RESOLUTION * before else 0.0)
+        return before - after if abs(before - after) > RESOLUTION * before else 0.0
 
     def missing(self, model: Model) -> float:
         """How much still has to be saved for the target; infinite without one, so that all that fits is saved."""

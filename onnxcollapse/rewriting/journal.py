@@ -52,10 +52,11 @@ class Entry:
         variant: Which alternative of the site.
         reason: Why; for what was kept, what was done.
         predicted_error: Relative error at the site itself, in closed form on held-out statistics.
-        impact: Error at the outputs of this rewrite alone on a sample of the fit part; None if not measured.
+        impact: Error at the outputs of this rewrite alone on some held-out samples; None if not measured.
         error: Error at the outputs on the held-out part once it was applied with all before it; None likewise.
-        saving: What it took away, measured by applying it alone, or estimated from variants of its site that were
-            measured; of exact rewrites that were applied as a group, what the pass predicted for each.
+        saving: What it took away: where it was kept, measured behind all that was kept before it, so that savings add
+            up; else measured by applying it alone, or estimated from variants of its site that were measured. Of exact
+            rewrites that were applied as a group, what the pass predicted for each. Latency is that of it alone.
     """
 
     outcome: Outcome

@@ -29,7 +29,7 @@ from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
 from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal
-from onnxcollapse.rewriting.search import NEAR, Search, Trial
+from onnxcollapse.rewriting.search import NEAR, Search, Trial, marginal
 from onnxcollapse.rewriting.selection import Candidate, admit, node_key, ranked
 from onnxcollapse.verification import Verifier
 
@@ -148,6 +148,7 @@ class LossyStage:
             kept = list(found.chosen)
         elif self._failure.tried:
             admit(ranked(self._failure.tried, self._measure), attempt, self._roll_back)
+        self._note_savings(start, kept)
         return bool(kept) or len(self._refused) > refused
 
     def _first(self, start: Model) -> list[Candidate]:
@@ -297,6 +298,20 @@ class LossyStage:
                     entry, reason=proposal.detail, predicted_error=proposal.predicted_error
                 )
 
+    def _note_savings(self, start: Model, kept: Sequence[Candidate]) -> None:
+        """Lets the entries of what a round kept say what each saved: alone, neighbours count what they share twice."""
+        try:
+            savings = marginal(start, kept, self._done, self._extents) if len(kept) > 1 else {}
+        except ModelError as problem:
+            logger.debug("savings are those of each alone: %s", problem)
+            return
+        entries = self._journal.entries
+        for index, entry in enumerate(entries[self._began :], self._began):
+            saving = savings.get((entry.pass_name, entry.site, entry.variant))
+            if saving is not None and entry.outcome == "kept":
+                saving = dataclasses.replace(saving, latency=entry.saving.latency)
+                entries[index] = dataclasses.replace(entry, saving=saving)
+
     def _decline(self, item: Pass, decline: Decline) -> None:
         self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
 
@@ -316,6 +331,8 @@ class LossyStage:
             if other.nodes & candidate.nodes:
                 what = f"'{other.proposal.variant}' at '{other.proposal.site}'".removeprefix("'' at ")
                 return f"alone it fits, but {what} was kept instead"
+        if self._budget.target is None:
+            return "alone it fits, but beside what was kept the budget has no room for it"
         met = self._missing() <= 0
         return "alone it fits, but " + (
             "the target was reached without it" if met else "the rounds ended first"

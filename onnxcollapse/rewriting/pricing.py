@@ -151,7 +151,7 @@ class Pricer:
         """Seconds that a candidate saves."""
         trial = self._model.clone()
         apply(trial, candidate.maker, candidate.proposal)
-        return self._extents.saving(self._model, self._extents.of(self._model), trial, candidate).latency
+        return self._extents.faster(self._model, trial, candidate)
 
     def _without_shared(
         self, saving: Saving, before: dict[object, ir.TensorProtocol], after: dict[object, ir.TensorProtocol]

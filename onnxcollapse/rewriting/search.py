@@ -15,7 +15,7 @@ from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.passes import Pass
-from onnxcollapse.rewriting.proposal import Proposal
+from onnxcollapse.rewriting.proposal import Proposal, Saving
 from onnxcollapse.rewriting.selection import Candidate, choose
 from onnxcollapse.verification.metrics import additive_power
 
@@ -76,6 +76,7 @@ class Search:
         self._start, self._kept, self._rest = start, kept, rest
         self._budget, self._extents, self._attempt = budget, extents, attempt
         self._sizes: dict[frozenset[Any], float] = {}
+        self._already = 0.0
         self._measure, self._power = extents.measure, additive_power(budget.metric)
 
     def run(self, error: float) -> Trial | None:
@@ -84,6 +85,7 @@ class Search:
         Args:
             error: Of the model as it is.
         """
+        self._already = error
         if self._budget.target is None:
             return self._as_much_as_fits(error)
         wanted = self._extents.missing(self._start)
@@ -100,7 +102,7 @@ class Search:
         best: Trial | None = None
         low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):
-            chosen = choose(self._rest, self._measure, allowed=aim, power=power)
+            chosen = choose(self._rest, self._measure, allowed=aim, power=power, already=self._already)
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
@@ -124,7 +126,7 @@ class Search:
         best: Trial | None = None
         ask, seen = wanted, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):
-            chosen = choose(self._rest, self._measure, needed=ask, power=self._power)
+            chosen = choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
@@ -146,7 +148,7 @@ class Search:
         low, high, ask = 0.0, math.inf, wanted
         best: list[Candidate] = []
         for _ in range(SIZINGS):
-            chosen = choose(self._rest, self._measure, needed=ask, power=self._power)
+            chosen = choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
             if not chosen or not _overlap(chosen):
                 return best or chosen
             saved = before - self._size(self._start, [*self._kept, *chosen])
@@ -202,6 +204,32 @@ class Search:
             saved = sum(item.saving.of(self._measure) for item in chosen)
             return self._extents.of(model).of(self._measure) - saved
         return self._extents.of(trial).of(self._measure)
+
+
+def marginal(
+    start: Model,
+    chosen: Sequence[Candidate],
+    done: Mapping[tuple[str, str, str], Proposal],
+    extents: Extents,
+) -> dict[tuple[str, str, str], Saving]:
+    """What each rewrite takes away behind those before it, so that all of them add up to what is saved.
+
+    Args:
+        start: The model that they were made for.
+        chosen: What was applied.
+        done: How it was fitted.
+        extents: Measures; latencies stay 0, as they do not add up.
+
+    Raises:
+        ModelError: One of them cannot be applied again.
+    """
+    model, found = start.clone(), {}
+    before = extents.of(model)
+    for item in sorted(chosen, key=lambda item: item.position):
+        apply(model, item.maker, done[item.key])
+        after = extents.of(model)
+        found[item.key], before = before - after, after
+    return found
 
 
 def _overlap(chosen: Sequence[Candidate]) -> bool:

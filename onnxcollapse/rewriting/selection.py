@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from scipy import optimize, sparse
 
+from onnxcollapse.quiet import STDOUT, quiet
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Proposal, Saving
 
@@ -79,6 +80,7 @@ def choose(
     needed: float | None = None,
     allowed: float = float("inf"),
     power: int = 1,
+    already: float = 0.0,
 ) -> list[Candidate]:
     """Chooses one variant or none for each site: a knapsack with multiple choice, solved by HiGHS.
 
@@ -91,6 +93,7 @@ def choose(
             saves enough, what saves most is chosen.
         allowed: Largest error of all together.
         power: Of the error, that adds up.
+        already: Error of the model that they were made for, which is part of the impact of each.
 
     Returns:
         The chosen, in graph order.
@@ -98,7 +101,7 @@ def choose(
     if not candidates:
         return []
     saved = np.array([float(item.saving.of(measure)) for item in candidates])
-    cost = np.array([item.impact**power for item in candidates])
+    cost = np.array([max(item.impact**power - already**power, 0.0) for item in candidates])
     if not np.isfinite(cost).all():
         raise ValueError("candidates without a measured impact cannot be chosen among")
     saved_unit, cost_unit = max(np.abs(saved).max(), 1e-30), max(cost.max(), 1e-30)
@@ -118,13 +121,14 @@ def choose(
 
 def _solve(objective: np.ndarray, rules: list[optimize.LinearConstraint]) -> np.ndarray | None:
     """Which items to take, bool; None where no selection obeys the rules."""
-    result = optimize.milp(
-        objective,
-        integrality=np.ones(len(objective), np.uint8),
-        bounds=optimize.Bounds(0, 1),
-        constraints=rules,
-        options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
-    )
+    with quiet(STDOUT):  # some releases of HiGHS print there what they are at
+        result = optimize.milp(
+            objective,
+            integrality=np.ones(len(objective), np.uint8),
+            bounds=optimize.Bounds(0, 1),
+            constraints=rules,
+            options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
+        )
     return None if result.x is None else result.x > 0.5
 
 

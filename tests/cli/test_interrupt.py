@@ -99,7 +99,8 @@ def stopped(place, moment: str, out: str):
     heard, told = os.pipe()
     code = ["-m", "onnxcollapse"] if moment == "measuring" else ["-c", PRELUDE]
     metric = ["--metric", "mine.py:slow"] if moment == "measuring" else ["--budget", "0.5"]
-    arguments = ["optimize", "model.onnx", "-o", out, "--calib", "calib.npz", "--memory", "1MB", *metric]
+    arguments = ["optimize", "model.onnx", "-o", out, "--calib", "calib.npz", "--memory", "1MB"]
+    arguments += ["--pass", "cleanup", "--pass", "collapse-ffn", *metric]
     inherited = {
         key: value for key, value in os.environ.items() if key not in ("ORT_DISABLE_TELEMETRY", "CI")
     }

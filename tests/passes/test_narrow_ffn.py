@@ -310,6 +310,8 @@ def test_options_come_from_text():
         parse("narrow-ffn:criterion=guess")
     with pytest.raises(OptionError, match="align 0 must be 1 or more"):
         parse("narrow-ffn:align=0")
+    with pytest.raises(OptionError, match="seed -1 must be 0 or more"):
+        parse("narrow-ffn:criterion=random,seed=-1")
 
 
 CHAINS = {

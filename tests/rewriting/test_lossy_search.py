@@ -127,7 +127,9 @@ def test_passes_compete_for_the_same_site():
     model = net.model({"x": ["n", 16]}, {"y": ["n", 16]})
     result = shrink(model, correlated(800, 16), 0.1, passes=[NarrowFfn(skip=False), CollapseFfn(ranks=False)])
     by_pass = {entry.site: entry.pass_name.split(":")[0] for entry in result.journal.of("kept")}
-    assert by_pass == {"linear": "collapse-ffn", "y": "narrow-ffn"}
+    assert (
+        by_pass.items() >= {"linear": "collapse-ffn", "y": "narrow-ffn"}.items()
+    )  # later rounds may add to it
     assert result.error <= 0.1
 
 
@@ -156,3 +158,30 @@ def test_a_site_that_reads_what_another_pass_has_renamed_is_fitted_to_it():
     assert names == {"narrow-ffn", "collapse-ffn"}
     assert not [entry for entry in result.journal if "is not in the model's main graph" in entry.reason]
     assert 0.1 < result.error <= 0.2
+
+
+def test_what_neighbours_save_adds_up_to_what_is_saved():
+    """Alone both would count the weights between them, which either of them cuts."""
+    model, x = mlp([16, 64, 64, 8]), correlated(400, 16)
+    result = shrink(model, x, 0.3)
+    saved = [entry.saving for entry in result.journal.of("kept")]
+    assert len(saved) == 2
+    assert sum(saving.params for saving in saved) == result.before.params - result.after.params
+    assert sum(saving.bytes for saving in saved) == result.before.bytes - result.after.bytes
+    assert sum(saving.flops for saving in saved) == result.flops_before - result.flops_after
+
+
+def test_what_was_left_out_for_want_of_budget_says_so():
+    model, x = mlp([64] * 5), rows(200, 64)
+    result = shrink(model, x, 0.3)
+    reasons = [entry.reason for entry in result.journal.of("declined")]
+    assert any(reason.endswith("the budget has no room for it") for reason in reasons)
+    assert not any("rounds ended" in reason for reason in reasons)
+
+
+def test_later_rounds_count_the_error_of_earlier_ones_once():
+    """One round leaves 8 channels and four fifths of the budget's square: what the others add still fits."""
+    model, x = mlp([64] * 7), rows(300, 64)
+    result = shrink(model, x, 0.6)
+    assert result.met
+    assert min(widths(result.model)) < 8

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+import sys
 
 import onnx_ir as ir
 import pytest
+import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,3 +214,26 @@ def test_admit_under_a_budget_of_sums_is_maximal(costs, cap):
     done = Recorder(allowed).run("".join(table))
     assert allowed(set(done.kept))
     assert not any(allowed({*done.kept, letter}) for letter in done.refused)
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(monkeypatch, capfd):
+    """Some releases of HiGHS print, through C's buffer, and stdout may have to hold one JSON document only."""
+    solve = scipy.optimize.milp
+
+    def chatty(*arguments, **options):
+        os.write(1, b"at once ")
+        ctypes.CDLL(None).printf(b"later ")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", chatty)
+    sys.stdout.write("before ")
+    assert names(choose([candidate("a")], "params")) == "a"
+    sys.stdout.write("after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before after"
+
+
+def test_the_error_that_is_there_already_counts_for_no_candidate():
+    items = [candidate("a", impact=0.5), candidate("b", impact=0.5, position=1)]
+    assert not choose(items, "params", allowed=0.4, power=2)
+    assert names(choose(items, "params", allowed=0.4, power=2, already=0.45)) == "ab"

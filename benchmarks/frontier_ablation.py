@@ -67,8 +67,10 @@ class AblatedNarrowFfn(NarrowFfn):
 
     def _kept(self, site: Channels, statistics: Statistics, item: Fitted) -> Fitted:
         """The same channels with the weights that they had."""
-        layer, heldout = site.layer, statistics.heldout(self._gram(site))
-        place = 2 if self._with_input(site) else 1
+        layer, with_input = site.layer, self._with_input(site)
+        if self._gram(site, with_input) not in statistics:
+            with_input = not with_input  # as in narrow-ffn
+        heldout, place = statistics.heldout(self._gram(site, with_input)), 2 if with_input else 1
         rows = layer.matrix().reshape(layer.width, layer.group, -1)[item.keep].reshape(-1, layer.d_out)
         columns = heldout.columns(place).reshape(layer.width, -1)[item.keep].ravel()
         error = relative_error(heldout, columns, place + 1, rows, layer.offset())

@@ -90,6 +90,7 @@ class Dataset:
     ) -> None:
         self._signature = signature
         self._loaded: tuple[int, Mapping[str, np.ndarray]] = (-1, {})
+        self._selected: dict[tuple[DataPart, int | None], tuple[list[_Unit], int]] = {}
         self._chunks = list(chunks)
         self._layouts = self._check_all()
         self._units = self._cut()
@@ -136,7 +137,8 @@ class Dataset:
 
     def count(self, part: DataPart, limit: int | None = None) -> int:
         """Samples that `batches` gives for these arguments."""
-        return sum(unit.rows for unit in self._select(part, limit))
+        self._select(part, limit)
+        return self._selected[part, limit][1]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of one sample's feeds (of one batch where the model fixes its size), by input name."""
@@ -182,6 +184,12 @@ class Dataset:
         return max(min(most, BATCH_ELEMENTS // max(elements, 1)), 1)
 
     def _select(self, part: DataPart, limit: int | None) -> list[_Unit]:
+        if (part, limit) not in self._selected:  # asked for at every batch, by what counts progress
+            units = self._sorted(part, limit)
+            self._selected[part, limit] = units, sum(unit.rows for unit in units)
+        return self._selected[part, limit][0]
+
+    def _sorted(self, part: DataPart, limit: int | None) -> list[_Unit]:
         if part != "all" and len(self._units) < 2:
             unit = "batches of the model's fixed size" if self._units[0].rows > 1 else "samples"
             raise DataError(

@@ -28,8 +28,9 @@ from onnxcollapse.verification import Outcome, Trials, Variant, Verifier
 
 logger = logging.getLogger(__name__)
 
-ANCHORS = 5
-"""Variants of a site that are measured: the one that fits best, the worst, and those between."""
+ANCHORS, FEW_ANCHORS = 5, 3
+"""Variants of a site that are measured: the one that fits best, the worst, and those between; fewer in a model of so
+many sites that FEWEST samples each would cost more than FORWARDS runs."""
 
 FORWARDS = 2.0
 """All measurements together cost about this many runs of the calibration data; segments count as equally long."""
@@ -93,7 +94,9 @@ class Pricer:
             sites.setdefault(candidate.key[:2], []).append(candidate)
         for variants in sites.values():
             variants.sort(key=lambda candidate: candidate.proposal.predicted_error)
-        anchors = {key: _anchors(variants) for key, variants in sites.items()}
+        many = len(sites) * ANCHORS * FEWEST / 2 > FORWARDS * self._data.samples
+        count = FEW_ANCHORS if many else ANCHORS
+        anchors = {key: _anchors(variants, count) for key, variants in sites.items()}
         measured = self._measure([item for found in anchors.values() for item in found], progress, label)
         prices = []
         for key, variants in sites.items():
@@ -198,11 +201,11 @@ def objection(maker: Pass, saving: Saving, budget: Budget) -> str | None:
     return saving.objection()
 
 
-def _anchors(variants: Sequence[Candidate]) -> list[Candidate]:
+def _anchors(variants: Sequence[Candidate], count: int) -> list[Candidate]:
     """Those of a site's variants, by rising error at the site, that are measured."""
-    if len(variants) <= ANCHORS:
+    if len(variants) <= count:
         return list(variants)
-    places = np.linspace(0, len(variants) - 1, ANCHORS).round().astype(int)
+    places = np.linspace(0, len(variants) - 1, count).round().astype(int)
     return [variants[place] for place in dict.fromkeys(places.tolist())]
 
 

@@ -180,10 +180,11 @@ class NarrowFfn(Pass):
         if self.criterion == "activation-rate":
             yield self._published(site, statistics)
             return
-        proposals = [self._proposal(site, fitted) for fitted in self._curve(site, statistics, None)]
-        if not proposals:
+        fits = self._curve(site, statistics, None)
+        if not fits:
             yield Decline(site.name, f"{site.layer.width} channel cannot become fewer")
-        yield from _frontier(proposals)
+        for fitted in _frontier(site.layer, fits):
+            yield self._proposal(site, fitted)
 
     def refit(self, site: Channels, proposal: Proposal, statistics: Statistics) -> Proposal | None:
         """Fits the same width and path again, to other statistics; which channels stay is chosen anew."""
@@ -277,7 +278,7 @@ class NarrowFfn(Pass):
     def _proposal(self, site: Channels, fitted: Fitted) -> Proposal:
         layer, choice = site.layer, fitted.choice
         matrices = tuple(
-            scratch.hold(np.array(matrix, np.float32, order="C"), ir.DataType.FLOAT, "narrowed")
+            scratch.hold(np.array(matrix, np.float64, order="C"), ir.DataType.DOUBLE, "narrowed")
             for matrix in (fitted.matrix, *fitted.skip)
         )
         payload = Narrowing(fitted.keep, matrices, fitted.offset, choice)
@@ -300,13 +301,13 @@ def _saving(layer: HiddenLayer, fitted: Fitted) -> Saving:
     return Saving(params=params, bytes=params * layer.consumer.dtype.bitwidth // 8)
 
 
-def _frontier(proposals: Sequence[Proposal]) -> Iterator[Proposal]:
+def _frontier(layer: HiddenLayer, fits: Sequence[Fitted]) -> Iterator[Fitted]:
     """Those that no other one beats in both saving and error."""
     least = float("inf")
-    for proposal in sorted(proposals, key=lambda p: (-p.saving.params, p.predicted_error)):
-        if proposal.predicted_error < least:
-            least = proposal.predicted_error
-            yield proposal
+    for fitted in sorted(fits, key=lambda fitted: (-_saving(layer, fitted).params, fitted.error)):
+        if fitted.error < least:
+            least = fitted.error
+            yield fitted
 
 
 def _after(model: Model, layer: HiddenLayer) -> HiddenLayer | None:

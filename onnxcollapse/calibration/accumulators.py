@@ -50,20 +50,15 @@ class Accumulator:
         _require_finite(sums, self._request.refs[0])
         self._count += float(states[columns[0].count][0, 0])
         if not self._sums:
-            self._sums = [np.zeros(array.shape) for array in sums]
-            self._totals = [np.zeros(array.shape[1]) for array in totals]
-            if isinstance(self._request, Moments):
-                self._sums[3:] = [
-                    np.full(array.shape, side)
-                    for array, side in zip(sums[3:], (np.inf, -np.inf), strict=True)
-                ]
+            self._totals = [array[0].astype(np.float64) for array in totals]
+            self._sums = [array.astype(np.float64) for array in sums]
+            return
         for total, array in zip(self._totals, totals, strict=True):
             total += array[0]
-        extremes = (np.minimum, np.maximum) if isinstance(self._request, Moments) else ()
-        plain = len(sums) - len(extremes)
-        for total, array in zip(self._sums[:plain], sums[:plain], strict=True):
-            total += array
-        for total, array, pick in zip(self._sums[plain:], sums[plain:], extremes, strict=True):
+        picks: list[np.ufunc] = [np.add] * len(sums)
+        if isinstance(self._request, Moments):
+            picks[3:] = np.minimum, np.maximum
+        for total, array, pick in zip(self._sums, sums, picks, strict=True):
             pick(total, array, out=total)
 
     def result(self) -> Result:

@@ -87,7 +87,7 @@ class Search:
         """
         self._already = error
         if self._budget.target is None:
-            return self._as_much_as_fits(error)
+            return self._as_much_as_fits()
         wanted = self._extents.missing(self._start)
         if self._measure == LATENCY:
             return self._fast_enough(wanted)
@@ -95,10 +95,10 @@ class Search:
         trial, fits = self._attempt(self._start, [*self._kept, *chosen]) if chosen else (None, False)
         return trial if fits else None
 
-    def _as_much_as_fits(self, error: float) -> Trial | None:
+    def _as_much_as_fits(self) -> Trial | None:
         """Saves as much as the budget allows: the error that is aimed at follows the one that was reached."""
         power, cap = self._power, self._budget.cap
-        room = max(cap**power - error**power, 0.0) ** (1 / power)
+        room = max(cap**power - self._already**power, 0.0) ** (1 / power)
         best: Trial | None = None
         low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):

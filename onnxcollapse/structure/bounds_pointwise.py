@@ -104,8 +104,8 @@ def _sqrt(x: Interval) -> Interval:
 
 def _hard_sigmoid(node: ir.Node, bounds: Bounds) -> Interval:
     alpha, beta = float(attribute(node, "alpha", 0.2)), float(attribute(node, "beta", 0.5))
-    line = intervals.add(intervals.multiply(bounds(0), make(alpha, alpha)), make(beta, beta))
-    wide = line.rounded(computed_in(node))
+    slope = intervals.multiply(bounds(0), make(alpha, alpha)).rounded(computed_in(node))  # the sum may cancel
+    wide = intervals.add(slope, make(beta, beta)).rounded(computed_in(node))
     return make(np.clip(wide.low, 0.0, 1.0), np.clip(wide.high, 0.0, 1.0))
 
 

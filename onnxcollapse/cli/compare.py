@@ -23,7 +23,10 @@ from onnxcollapse.cli.console import console, print_json, set_up_logging, table,
 def compare(
     a: str, b: str, data: str, window: int | None, provider: str, seed: int, as_json: bool, verbose: int
 ) -> None:
-    """Runs A and B on the same data and shows how far B's outputs are from A's, in every metric."""
+    """Runs A and B on the same data and shows how far B's outputs are from A's, in every metric.
+
+    Of language models the perplexities are shown as well.
+    """
     set_up_logging(verbose)
     from onnxcollapse.calibration import open_data
     from onnxcollapse.model import Model
@@ -47,6 +50,9 @@ def compare(
     for side, names in (("only in A", document["missing"]), ("only in B", document["extra"])):
         if names:
             out.print(f"Outputs {side}: {', '.join(names)}", markup=False)
+    if (both := document.get("perplexity")) is not None:
+        change = f" ({both['b'] / both['a'] - 1:+.2%})"
+        out.print(f"Perplexity: A {both['a']:.5g}, B {both['b']:.5g}{change}", markup=False)
     out.print(f"Measured on {document['provider']}", markup=False)
 
 

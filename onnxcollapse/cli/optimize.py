@@ -133,9 +133,9 @@ def _run(
 def _budget(error: float | None, metric: str, target: str | None) -> Budget:
     """Builds the budget: one not given is 0.01, or none at all beside a target."""
     from onnxcollapse.rewriting.budget import Budget, Target
-    from onnxcollapse.verification.metrics import metric as load_metric
+    from onnxcollapse.verification.metrics import check as check_metric
 
-    load_metric(metric)
+    check_metric(metric)
     wanted = None if target is None else Target.parse(target)
     return Budget(error if error is not None else (None if wanted else 0.01), metric, wanted)
 

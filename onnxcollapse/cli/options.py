@@ -20,7 +20,11 @@ window = click.option(
     help="Tokens a window of text:FILE; by default what the model takes, 128 at most.",
 )
 metric = click.option(
-    "--metric", default="rel-l2", show_default=True, help="rel-l2, cosine, kl, top1 or file.py:function."
+    "--metric",
+    default="rel-l2",
+    show_default=True,
+    help="rel-l2, cosine, kl or top1 (1 - top-1 agreement); for language models perplexity (its relative growth) or "
+    "continuation (1 - agreement of greedy continuations); or file.py:function.",
 )
 specs = click.option(
     "--pass",

@@ -77,13 +77,13 @@ def sweep(
     from onnxcollapse.model import Model
     from onnxcollapse.rewriting import registry
     from onnxcollapse.rewriting.frontier import frontier
-    from onnxcollapse.verification.metrics import metric as load_metric
+    from onnxcollapse.verification.metrics import check as check_metric
 
     targets = _targets(shares, measure)
     places = {target: _place(folder, model, target) for target in targets}
     _check(folder, list(places.values()), model, calib, evaluation)
     with user_code(), Bars(quiet=as_json) as progress:
-        load_metric(metric)
+        check_metric(metric)
         passes = registry.chosen(specs, {"align": align})
         if provider != "auto":
             chain(provider)  # an unknown one is an error before any work
@@ -154,12 +154,12 @@ class _Judge:
         self, model: Model, spec: str, seed: int, window: int | None, metric: str, provider: str
     ) -> None:
         from onnxcollapse.calibration import open_data
-        from onnxcollapse.verification.metrics import METRICS
+        from onnxcollapse.verification.compare import usual_metrics
 
         text = spec.startswith("text:")
         self._model, self._provider = model, provider
         self._data: Dataset = open_data(spec, model, seed=seed, window=window if text else None)
-        self.metrics = list(dict.fromkeys((*METRICS, metric)))
+        self.metrics = list(dict.fromkeys((*usual_metrics(model, self._data), metric)))
         self.evidence = self._data.evidence
 
     def errors(self, model: Model) -> Mapping[str, float]:

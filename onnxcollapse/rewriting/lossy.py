@@ -141,8 +141,9 @@ class LossyStage:
             admit([candidate], attempt, self._roll_back)
         rest = [item for item in priced if not item.maker.on_request]
         self._failure = _Failure()
-        search = Search(start, kept, rest, self._budget, self._extents, self._attempted)
-        found = search.run(self.error) if self._missing() > 0 else None
+        metric = self._verifier.pricing_metric
+        search = Search(start, kept, rest, self._budget, self._extents, self._attempted, metric)
+        found = search.run(self._priced_error()) if self._missing() > 0 else None
         if found is not None:
             self._keep(found)
             kept = list(found.chosen)
@@ -150,6 +151,12 @@ class LossyStage:
             admit(ranked(self._failure.tried, self._measure), attempt, self._roll_back)
         self._note_savings(start, kept)
         return bool(kept) or len(self._refused) > refused
+
+    def _priced_error(self) -> float:
+        """The error of the model as it is, in the metric of prices."""
+        if self._verifier.pricing_metric == self._verifier.metric:
+            return self.error
+        return self._verifier.pricing_error(self._model) if self.changed else 0.0
 
     def _first(self, start: Model) -> list[Candidate]:
         """Prices the first round, which every share of one measure begins with."""

@@ -127,8 +127,10 @@ class Pricer:
         tried = dataclasses.replace(candidate, saving=saving, impact=outcome.error)
         return Price(tried, outcome.problem) if outcome.problem is not None else self._judge(tried)
 
-    def _judge(self, tried: Candidate, measured: bool = True) -> Price:
-        impact, cap = tried.impact, self._budget.cap
+    def _judge(self, tried: Candidate, measured: bool = True, *, whole: bool = False) -> Price:
+        """Holds a price against the budget, where both are in one metric: that of whole models always is."""
+        comparable = whole or self._verifier.pricing_metric == self._verifier.metric
+        impact, cap = tried.impact, self._budget.cap if comparable else math.inf
         if not math.isfinite(impact):
             return Price(tried, "its error at the outputs is not finite", measured)
         if impact > cap:
@@ -181,7 +183,7 @@ class Pricer:
             error = self._verifier.error(trial)
         except (MetricError, ModelError) as problem:
             return Price(dataclasses.replace(candidate, impact=math.inf), str(problem))
-        return self._judge(dataclasses.replace(candidate, saving=saving, impact=error))
+        return self._judge(dataclasses.replace(candidate, saving=saving, impact=error), whole=True)
 
     def _samples(self, variants: Mapping[str, Variant], trials: Trials) -> int:
         """As many as keep the measurements within FORWARDS runs of all the data."""

@@ -62,6 +62,7 @@ class Search:
         budget: What is accepted and wanted.
         extents: Measures what is saved.
         attempt: Builds and measures a selection.
+        pricing_metric: Of the candidates' impacts, by default the budget's.
     """
 
     def __init__(
@@ -72,22 +73,24 @@ class Search:
         budget: Budget,
         extents: Extents,
         attempt: Attempt,
+        pricing_metric: str | None = None,
     ) -> None:
         self._start, self._kept, self._rest = start, kept, rest
         self._budget, self._extents, self._attempt = budget, extents, attempt
         self._sizes: dict[frozenset[Any], float] = {}
         self._already = 0.0
-        self._measure, self._power = extents.measure, additive_power(budget.metric)
+        self._measure, self._power = extents.measure, additive_power(pricing_metric or budget.metric)
+        self._comparable = pricing_metric in (None, budget.metric)
 
     def run(self, error: float) -> Trial | None:
         """The best trial inside the budget, None where there is none.
 
         Args:
-            error: Of the model as it is.
+            error: Of the model as it is, in the metric of the impacts.
         """
         self._already = error
         if self._budget.target is None:
-            return self._as_much_as_fits()
+            return self._as_much_as_fits() if self._comparable else self._as_much_as_turns_out_to_fit()
         wanted = self._extents.missing(self._start)
         if self._measure == LATENCY:
             return self._fast_enough(wanted)
@@ -120,6 +123,45 @@ class Search:
                 high = aim
                 aim = max(aim * max(0.95 * cap / trial.error, 0.25), (low + aim) / 2 if low else 0.0)
         return best
+
+    def _as_much_as_turns_out_to_fit(self) -> Trial | None:
+        """Saves as much as the budget allows where prices are in another metric, so that they only give the order.
+
+        Halves, in logarithms, what lies between the cheapest candidate and all of them together.
+        """
+        everything = self._allowed(math.inf)
+        if not everything:
+            return None
+        prices = [max(item.impact - self._already, 1e-12) for item in self._rest]
+        low, high = min(prices), sum(max(item.impact - self._already, 1e-12) for item in everything)
+        aim, left = math.sqrt(low * high), ATTEMPTS
+        best: Trial | None = None
+        known: dict[frozenset[Any], bool] = {}
+        for _ in range(SIZINGS):
+            chosen = self._allowed(aim)
+            selection = frozenset(item.key for item in chosen)
+            if chosen and selection not in known:
+                if not left:
+                    break
+                left -= 1
+                trial, known[selection] = self._attempt(self._start, [*self._kept, *chosen])
+                if trial is None:
+                    return best
+                if known[selection]:
+                    best = trial
+                    if trial.error >= NEAR * self._budget.cap:
+                        break
+            if known.get(selection, True):  # also where nothing is as cheap
+                low = aim
+            else:
+                high = aim
+            if low >= high:
+                break
+            aim = math.sqrt(low * high)
+        return best
+
+    def _allowed(self, aim: float) -> list[Candidate]:
+        return choose(self._rest, self._measure, allowed=aim, power=self._power, already=self._already)
 
     def _fast_enough(self, wanted: float) -> Trial | None:
         """Reaches a latency: savings of stretches do not add up to that of the model, so what is asked for follows."""

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from onnxcollapse.verification.compare import Comparison, OutputComparison, compare
-from onnxcollapse.verification.metrics import METRICS, Metric, metric
+from onnxcollapse.verification.metrics import NAMES, Metric, metric
+from onnxcollapse.verification.sums import METRICS
 from onnxcollapse.verification.trials import Outcome, Trials, Variant
 from onnxcollapse.verification.verifier import Verifier
 
 __all__ = [
     "METRICS",
+    "NAMES",
     "Comparison",
     "Metric",
     "Outcome",

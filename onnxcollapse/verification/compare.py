@@ -13,15 +13,13 @@ from onnxcollapse.calibration.data import DataPart, Dataset
 from onnxcollapse.calibration.masks import is_cache_name
 from onnxcollapse.calibration.providers import Provider
 from onnxcollapse.calibration.sessions import open_session
+from onnxcollapse.errors import MetricError
 from onnxcollapse.model.model import Model
-from onnxcollapse.verification.metrics import (
-    METRICS,
-    Outputs,
-    PerOutput,
-    is_float,
-    metric,
-    row_blocks,
-)
+from onnxcollapse.verification.generation import Continuations
+from onnxcollapse.verification.metrics import CONTINUATION, Metric, PerOutput, check, metric
+from onnxcollapse.verification.perplexity import LOGITS, PERPLEXITY, TOKENS, Perplexity, takes_tokens
+from onnxcollapse.verification.rows import Outputs, is_float, row_blocks
+from onnxcollapse.verification.sums import METRICS
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,11 @@ class Comparison:
         outputs: What both have, in the first one's order.
         missing: Outputs of the first that the second has not.
         extra: Outputs of the second that the first has not.
-        overall: Metric -> the error of the worst output that is no KV cache; user metrics have only this.
+        overall: Metric -> the error of the worst output that is no KV cache; perplexity,
+            continuation and user metrics have only this.
         samples: Samples compared.
         providers: What each ran on.
+        perplexities: Those of both where they were measured.
     """
 
     outputs: tuple[OutputComparison, ...]
@@ -64,13 +64,16 @@ class Comparison:
     overall: dict[str, float]
     samples: int
     providers: tuple[Provider, Provider]
+    perplexities: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON takes it."""
+        both = self.perplexities
         return {
             "samples": self.samples,
             "provider": self.providers[1].obtained,
             "overall": dict(self.overall),
+            **({} if both is None else {"perplexity": {"a": both[0], "b": both[1]}}),
             "outputs": {output.name: _numbers(output) for output in self.outputs},
             "notes": {output.name: output.note for output in self.outputs if output.note},
             "caches": [output.name for output in self.outputs if output.cache],
@@ -93,7 +96,7 @@ def compare(
         a: The reference.
         b: The candidate. It may lack outputs (KV caches of removed layers) and have inputs less.
         data: Data for `a`.
-        metrics: Metric specs (see metric); None for all built-in ones.
+        metrics: Metric specs (see metric); None for `usual_metrics`.
         part: The part of the data.
         provider: See open_session; both run on it.
 
@@ -104,8 +107,10 @@ def compare(
         MetricError: A metric is unknown or fails.
         ModelError: A model cannot run.
     """
-    specs = tuple(METRICS) if metrics is None else tuple(metrics)
-    user = [metric(spec) for spec in specs if spec not in METRICS]
+    specs = usual_metrics(a, data, part) if metrics is None else tuple(metrics)
+    for spec in specs:
+        check(spec)
+    whole = {spec: metric(spec) for spec in specs if spec not in METRICS and spec != CONTINUATION}
     tallies: dict[str, _Tally] = {}
     samples = 0
     with open_session(a, provider=provider) as first, open_session(b, provider=provider) as second:
@@ -115,18 +120,47 @@ def compare(
             reference, outputs = first.run(batch), second.run(batch)
             for name, tally in tallies.items():
                 tally.update(outputs[name], reference[name], batch)
-            for one in user:
-                one.update(outputs, reference, batch)
+            for spec in list(whole):
+                _update(whole, spec, outputs, reference, batch, wanted=metrics is not None)
         samples = data.count(part)
+        if metrics is None:  # all of it may be padding
+            whole = {s: m for s, m in whole.items() if not isinstance(m, Perplexity) or m.tokens}
         results = tuple(tally.result() for tally in tallies.values())
-        return Comparison(
+        found = Comparison(
             outputs=results,
             missing=tuple(name for name in first.outputs if name not in common),
             extra=tuple(name for name in second.outputs if name not in common),
-            overall=_overall(results, specs) | {one.name: one.value() for one in user},
+            overall=_overall(results, specs) | {spec: one.value() for spec, one in whole.items()},
             samples=samples,
             providers=(first.provider, second.provider),
+            perplexities=next((m.perplexities for m in whole.values() if isinstance(m, Perplexity)), None),
         )
+    if CONTINUATION in specs:  # its sessions come after these two, which would lie beside them in memory
+        found.overall[CONTINUATION] = Continuations(a, data, part, provider).error(b)
+    return found
+
+
+def usual_metrics(model: Model, data: Dataset, part: DataPart = "all") -> tuple[str, ...]:
+    """The metrics that cost nothing more: those of every output, and perplexity for models from tokens to logits."""
+    if takes_tokens(model):
+        tokens = next(data.batches(part))[TOKENS]
+        for spec in model.signature().outputs:
+            width = spec.shape[-1] if spec.shape and len(spec.shape) == 3 and LOGITS in spec.name else None
+            if isinstance(width, int) and tokens.ndim == 2 and tokens.shape[1] > 1 and tokens.max() < width:
+                return (*METRICS, PERPLEXITY)
+    return tuple(METRICS)
+
+
+def _update(
+    whole: dict[str, Metric], spec: str, outputs: Outputs, reference: Outputs, batch: Outputs, *, wanted: bool
+) -> None:
+    """Adds a batch to a metric of all outputs; one that nobody asked for and that does not suit the data goes."""
+    try:
+        whole[spec].update(outputs, reference, batch)
+    except MetricError:
+        if wanted:
+            raise
+        del whole[spec]
 
 
 class _Tally:

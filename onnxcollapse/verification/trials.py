@@ -27,6 +27,7 @@ from onnxcollapse.calibration.walk import Feeds, Walk
 from onnxcollapse.errors import MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.verification import metrics
+from onnxcollapse.verification.softmax import Kept
 from onnxcollapse.verification.verifier import Verifier
 
 
@@ -117,13 +118,15 @@ class Trials:
         """
         homes = {key: self.place(variant) for key, variant in variants.items()}
         self.outcomes = {key: Outcome() for key in variants}
-        self._metrics = {key: metrics.metric(self._verifier.metric) for key in variants}
+        kept = Kept()  # variants take turns at each batch of the reference
+        self._metrics = {key: metrics.metric(self._verifier.pricing_metric, kept) for key in variants}
         try:
             while not self._walk.done:
                 yield from self._segment(self._walk.segment, variants, homes)
                 self._walk.move_on()
                 self._forget()
         finally:
+            kept.clear()
             self._walk.close()
             for tape in self._tapes.values():
                 tape.close()

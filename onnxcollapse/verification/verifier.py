@@ -11,6 +11,8 @@ from onnxcollapse.calibration.providers import Provider, chain
 from onnxcollapse.calibration.walk import Feeds, Walk
 from onnxcollapse.model.model import Model
 from onnxcollapse.verification import metrics
+from onnxcollapse.verification.generation import Continuations
+from onnxcollapse.verification.perplexity import PERPLEXITY, no_tokens, takes_tokens
 
 CACHE_BYTES = 256 << 20
 """Reference outputs up to this size are kept, larger ones computed again."""
@@ -23,6 +25,8 @@ class Verifier:
 
     Attributes:
         metric: Its metric's spec.
+        pricing_metric: The metric for variants that run in segments, which cannot generate: "kl" instead of
+            "continuation", else the same.
         cuts: Where models are cut to be run.
     """
 
@@ -44,12 +48,16 @@ class Verifier:
             cuts: Tensors to cut the models at, so that one segment's weights are in memory at a time.
 
         Raises:
-            MetricError: The metric is unknown.
+            MetricError: The metric is unknown, or is for language models and the reference is none.
         """
         self.metric, self.cuts = metric, tuple(cuts)
-        metrics.metric(metric)
+        metrics.check(metric)
+        self.pricing_metric = "kl" if metric == metrics.CONTINUATION else metric
+        if metric in (PERPLEXITY, metrics.CONTINUATION) and not takes_tokens(reference):
+            raise no_tokens(metric)  # here and not after the work that comes before the first measurement
         self._reference = reference.clone()
         self._data, self._provider = data, provider
+        self._continuations: dict[DataPart, Continuations] = {}
         self._walks: dict[tuple[DataPart, int | None], Walk] = {}
         self._cache: dict[tuple[DataPart, int | None], list[Feeds]] = {}
         self._cached_bytes = 0
@@ -66,7 +74,7 @@ class Verifier:
         Args:
             model: The candidate.
             part: The part of the data.
-            limit: About how many samples of it, None for all.
+            limit: About how many samples of it, None for all; prompts at most for "continuation".
 
         Returns:
             The error; infinite when an output becomes NaN.
@@ -75,7 +83,24 @@ class Verifier:
             MetricError: An output that is no KV cache is missing or has another shape.
             ModelError: The candidate cannot run.
         """
-        result = metrics.metric(self.metric)
+        if self.metric == metrics.CONTINUATION:
+            return self._continued(model, part, limit)
+        return self._measured(self.metric, model, part, limit)
+
+    def pricing_error(self, model: Model, part: DataPart = "heldout", limit: int | None = None) -> float:
+        """Likewise in the pricing metric."""
+        return self._measured(self.pricing_metric, model, part, limit)
+
+    def _continued(self, model: Model, part: DataPart, limit: int | None) -> float:
+        if part not in self._continuations:
+            self._continuations[part] = Continuations(self._reference, self._data, part, self._provider)
+        found = self._continuations[part]
+        error = found.error(model, limit)
+        self._obtained = found.provider
+        return error
+
+    def _measured(self, metric: str, model: Model, part: DataPart, limit: int | None) -> float:
+        result = metrics.metric(metric)
         walk = Walk(model, self._data, self.cuts, parts=[part], limit=limit, provider=self._provider)
         for batch, outputs, reference in self._pairs(walk, model, part, limit):
             result.update(outputs, reference, batch)
@@ -100,6 +125,7 @@ class Verifier:
             walk.close()
         self._walks.clear()
         self._cache.clear()
+        self._continuations.clear()
         self._cached_bytes = 0
 
     def __enter__(self) -> Verifier:
@@ -111,7 +137,7 @@ class Verifier:
     def wanted(self, model: Model) -> list[str]:
         """Outputs that the metric looks at: all for a user's, for a built-in one those that are no caches."""
         names = [spec.name for spec in model.signature().outputs]
-        if self.metric not in metrics.METRICS:
+        if metrics.is_users(self.metric):
             return names
         return [name for name in names if not is_cache_name(name)] or names
 

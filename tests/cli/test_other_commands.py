@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.workspace import one_line
 from tests.support import Net, mlp, outputs, relative, rows
+from tests.verification.decoders import decoder, windows
 
 doctor = importlib.import_module("onnxcollapse.cli.doctor")  # the package's name is the command
 
@@ -35,6 +36,17 @@ def test_compare_measures_every_output_in_every_metric(workspace):
     assert (result.exit_code, result.stderr) == (0, "")
     for text in ("y", "rel-l2", "top1", f"{measured['rel-l2']:.4g}", "CPUExecutionProvider"):
         assert text in result.stdout
+
+
+def test_compare_shows_the_perplexity_of_language_models(workspace):
+    np.savez(workspace.folder / "calib.npz", input_ids=windows(6))
+    workspace.write_model(decoder())
+    workspace.write_model(decoder(broken=0.3), "other.onnx")
+    found = compared(workspace)
+    both = found["perplexity"]
+    assert found["overall"]["perplexity"] == pytest.approx(max(both["b"] / both["a"] - 1, 0))
+    result = workspace.run("compare", "model.onnx", "other.onnx", "--data", "calib.npz")
+    assert f"Perplexity: A {both['a']:.5g}, B {both['b']:.5g}" in result.stdout
 
 
 def test_compare_of_a_model_with_itself_is_zero_on_a_single_sample(workspace):

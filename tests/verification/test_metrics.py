@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from onnxcollapse.errors import MetricError
-from onnxcollapse.verification import METRICS, metric, metrics
+from onnxcollapse.verification import METRICS, metric, rows
+from onnxcollapse.verification import softmax as softmaxes
 
 rng = np.random.default_rng(11)
 WANT = rng.standard_normal((40, 7))
@@ -64,7 +65,7 @@ def test_sums_are_fp64(spec):
 @pytest.mark.parametrize("spec", METRICS)
 def test_rows_are_cut_into_blocks(spec, monkeypatch):
     whole = measure(spec, GOT, WANT)
-    monkeypatch.setattr(metrics, "BLOCK", 20)
+    monkeypatch.setattr(rows, "BLOCK", 20)
     assert measure(spec, GOT, WANT) == pytest.approx(whole, rel=1e-12)
 
 
@@ -174,10 +175,83 @@ def test_scalar_outputs():
     assert one.value() == pytest.approx(0.1, rel=1e-6)
 
 
+WIDE = 5000  # entries a row: more than what stays in float64
+
+
+def wide(scale, rows=6, dtype=np.float32, seed=5):
+    """Logits [rows, WIDE] and what they are moved to."""
+    random = np.random.default_rng(seed)
+    want = 3 * random.standard_normal((rows, WIDE))
+    return (want + scale * random.standard_normal(want.shape)).astype(dtype), want.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("scale", [3.0, 0.1, 1e-3, 1e-5])
+@pytest.mark.parametrize("spec", ["kl", "top1"])
+def test_wide_rows_in_float32_are_as_good_as_in_float64(spec, scale, dtype):
+    got, want = wide(scale, dtype=dtype)
+    exact = measure(spec, got.astype(np.float64), want.astype(np.float64))
+    assert measure(spec, got, want, 2) == pytest.approx(exact, rel=1e-6, abs=1e-7)
+    assert measure(spec, want.copy(), want) == 0
+
+
+def test_small_divergences_of_narrow_rows_are_seen():
+    want = WANT.astype(np.float32)
+    got = want.copy()
+    got[:, 0] += np.float32(1e-4)
+    p = softmax(want.astype(np.float64))[:, 0]
+    expected = (np.square(got[:, 0].astype(np.float64) - want[:, 0]) * p * (1 - p)).mean() / 2
+    assert 1e-10 < expected < 1e-8
+    assert measure("kl", got, want) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["kl", "top1"])
+def test_wide_rows_with_numbers_that_are_none(spec):
+    got, want = wide(0.3)
+    for bad in (np.nan, np.inf, -np.inf):
+        broken = got.copy()
+        broken[3, 7] = bad
+        assert measure(spec, broken, want) == np.inf
+        if bad != -np.inf:
+            with pytest.raises(MetricError, match="of the reference is NaN or infinite"):
+                measure(spec, want, broken)
+    got[:, 3] = want[:, 3] = -np.inf
+    exact = measure(spec, got.astype(np.float64), want.astype(np.float64))
+    assert measure(spec, got, want) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["kl", "top1", "perplexity"])
+def test_what_is_known_of_a_reference_is_used_by_every_candidate(spec, monkeypatch):
+    kept = softmaxes.Kept()
+    made, real = [], kept.of
+
+    def counted(owner, key, make):
+        return real(owner, key, lambda: made.append(key) or make())
+
+    monkeypatch.setattr(kept, "of", counted)
+    batches = [wide(0.2, 8, seed=seed)[1].reshape(2, 4, WIDE) for seed in range(2)]
+    ids = rng.integers(0, WIDE, (2, 4))
+    feeds = {"input_ids": ids, "attention_mask": np.array([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    candidates = [
+        [batch + np.float32(factor) * np.roll(batch, 1, -1) for batch in batches]
+        for factor in (0.0, 0.05, 0.2)
+    ]
+    shared, alone = ([metric(spec, known) for _ in candidates] for known in (kept, None))
+    for number, batch in enumerate(batches):
+        for candidate, one, other in zip(candidates, shared, alone, strict=True):
+            one.update({"y": candidate[number]}, {"y": batch}, feeds)
+            other.update({"y": candidate[number]}, {"y": batch}, feeds)
+    assert [one.value() for one in shared] == [other.value() for other in alone]
+    assert shared[0].value() == 0
+    assert shared[2].value() > 0 or spec != "kl"
+    assert len(made) == 2 * len(set(made))  # once a batch
+
+
 @pytest.mark.parametrize("spec", ["l2", "", "file.py", "REL-L2"])
 def test_unknown_metrics(spec):
     with pytest.raises(
-        MetricError, match=r"is unknown; choose rel-l2, cosine, kl, top1 or file\.py:function"
+        MetricError,
+        match=r"is unknown; choose rel-l2, cosine, kl, top1, perplexity, continuation or file\.py:function",
     ):
         metric(spec)
 

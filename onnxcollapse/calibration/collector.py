@@ -179,7 +179,7 @@ class Sweep:
         beside = self._beside.segments if self._beside is not None else []
         made |= {f"reference {name}": segment.index for segment in beside for name in segment.makes}
         return {
-            request: max((made.get(self._key(ref), 0) for ref in request.refs), default=0)
+            request: max((made.get(self._key(ref), 0) for ref in _all_refs([request])), default=0)
             for request in self._requests
         }
 
@@ -327,4 +327,4 @@ def _sum_bytes(request: Request, known: Mapping[tuple[str, int], int]) -> int:
 
 
 def _all_refs(requests: Iterable[Request]) -> list[Ref]:
-    return list(dict.fromkeys(ref for request in requests for ref in request.refs))
+    return list(dict.fromkeys(part for request in requests for ref in request.refs for part in ref.parts))

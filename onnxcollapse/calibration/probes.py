@@ -206,6 +206,10 @@ class ProbeSet:
 
         def build() -> ir.Value:
             value = self._to_float(self._find(ref))
+            for part in ref.parts[1:]:
+                shape = value.shape
+                value = self._op("Sub", [value, self._to_float(self._find(part))])
+                value.shape = None if shape is None else shape.copy()
             if ref.patches is not None:
                 value = self._patches(value, ref.patches)
             rows = self._flatten(value, ref)
@@ -380,7 +384,9 @@ class ProbeSet:
 
     def _own(self, ref: Ref) -> Ref:
         """The same tensor by its name in the clone; a model that is its own reference is probed once."""
-        return replace(ref, value=self._names.get(ref, ref.value), source="model")
+        subtracted = [self._names.get(part, part.value) for part in ref.parts[1:]]
+        minus = subtracted[0] if subtracted else None
+        return replace(ref, value=self._names.get(ref, ref.value), source="model", minus=minus)
 
     def _find(self, ref: Ref) -> ir.Value:
         if ref.value in self._values:

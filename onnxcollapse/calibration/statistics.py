@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -39,6 +39,7 @@ class Ref:
         axis: The channel axis; -1 for MatMul-like tensors, 1 for Conv's.
         patches: Set where the rows are patches of the tensor.
         positions: About how many rows of each sample to take, evenly spaced; None for all.
+        minus: Name of a tensor of the model, of the same shape, that is subtracted; None for none.
     """
 
     value: str
@@ -46,6 +47,13 @@ class Ref:
     axis: int = -1
     patches: Patches | None = None
     positions: int | None = None
+    minus: str | None = None
+
+    @property
+    def parts(self) -> tuple[Ref, ...]:
+        """The tensors that have to be there: this one, and the one that is subtracted."""
+        whole = replace(self, minus=None, patches=None, positions=None)
+        return (self,) if self.minus is None else (self, replace(whole, value=self.minus, source="model"))
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,28 @@ class GramMatrix:
         rows = [np.asarray(value, np.float64) for value in columns.values()]
         stacked = np.concatenate([np.ones((len(rows[0]), 1)), *rows], axis=1)
         return cls(float(len(stacked)), refs, tuple(r.shape[1] for r in rows), stacked.T @ stacked)
+
+    @classmethod
+    def assembled(cls, features: GramMatrix, cross: CrossMoments, target: Ref) -> GramMatrix:
+        """The sums of [1, x, y] from those of [1, x] and the cross moments of x and y.
+
+        Products between different columns of y are not known and left 0: no fit and no error needs them.
+
+        Args:
+            features: Sums of [1, x] over the rows that `cross` is of.
+            cross: Cross moments, x on the left.
+            target: What y is.
+        """
+        width, mean = len(cross.means[1]), cross.means[1]
+        start = len(features.matrix)
+        matrix = np.zeros((start + width, start + width))
+        matrix[:start, :start] = features.matrix
+        matrix[0, start:] = cross.count * mean
+        matrix[1:start, start:] = cross.count * (cross.covariance + np.outer(cross.means[0], mean))
+        matrix[start:, :start] = matrix[:start, start:].T
+        index = np.arange(start, start + width)
+        matrix[index, index] = cross.count * (cross.variances[1] + np.square(mean))
+        return cls(features.count, (*features.refs, target), (*features.widths, width), matrix)
 
     def __add__(self, other: GramMatrix) -> GramMatrix:
         if (self.refs, self.widths) != (other.refs, other.widths):

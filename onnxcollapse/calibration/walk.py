@@ -70,6 +70,7 @@ class Walk:
         place: The segment that comes next.
         tape: Tensors that segments yet to come read.
         limit: About how many samples of each part; None for all.
+        held: Names of tensors that are not forgotten, whoever reads them.
         provider: What the last segment ran on; None before the first.
     """
 
@@ -90,6 +91,7 @@ class Walk:
         self._requested = provider
         self.segments: list[Segment] = segments(model.graph, cuts)
         self.tape = tape or Tape()
+        self.held: frozenset[str] = frozenset()
         self.place = place
         self.provider: Provider | None = None
 
@@ -165,7 +167,7 @@ class Walk:
         later = {name for segment in self.segments[self.place :] for name in segment.reads}
         passed = {name for segment in self.segments[: self.place] for name in segment.gives}
         shown = {name for segment in self.segments for name in segment.outputs}
-        self.tape.drop(passed - later - shown)
+        self.tape.drop(passed - later - shown - self.held)
 
     def run(self, outputs: Sequence[str] = (), *, keep: bool = False) -> None:
         """Takes the data to the last segment; outputs of the model that are made on the way wait on the tape."""

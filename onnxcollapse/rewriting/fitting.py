@@ -6,33 +6,51 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import onnx_ir as ir
+
 from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
 from onnxcollapse.model import Model, edit
-from onnxcollapse.rewriting.passes import Pass, blamed, requests_of, site_of, sites_of
+from onnxcollapse.rewriting.passes import Pass, blamed, requests_again_of, requests_of, site_of, sites_of
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
-from onnxcollapse.rewriting.selection import Candidate
+from onnxcollapse.rewriting.selection import Candidate, node_key
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A site of a pass, where in the graph it begins, and the keys of its nodes."""
+    """A site of a pass, and its nodes with their numbers in the graph."""
 
     maker: Pass
     site: Site
-    position: int
-    nodes: frozenset[str]
-    tensors: frozenset[str]
+    nodes: tuple[tuple[int, ir.Node], ...]
+
+    @classmethod
+    def of(cls, maker: Pass, site: Site, order: Mapping[ir.Node, int]) -> Place:
+        """Finds a site's place in an order of the graph's nodes."""
+        return cls(maker, site, tuple((order[node], node) for node in site.nodes if node in order))
 
     @property
     def key(self) -> tuple[str, str, frozenset[str]]:
         """Pass, site and nodes: equal while nothing has changed there."""
-        return self.maker.describe(), self.site.name, self.nodes
+        return self.maker.describe(), self.site.name, frozenset(node_key(node) for _, node in self.nodes)
 
     def candidate(self, offer: Proposal) -> Candidate:
         """Makes a candidate of a proposal for this place."""
-        return Candidate(self.maker, offer, self.position, self.nodes, tensors=self.tensors)
+        nodes = self.nodes
+        if offer.tensors is not None:
+            nodes = tuple((n, node) for n, node in nodes if not offer.tensors.isdisjoint(_names(node)))
+        return Candidate(
+            self.maker,
+            offer,
+            min((number for number, _ in nodes), default=0),
+            frozenset(node_key(node) for _, node in nodes),
+            tensors=frozenset(name for _, node in nodes for name in _names(node)),
+        )
+
+
+def _names(node: ir.Node) -> list[str]:
+    return [value.name or "" for value in node.outputs]
 
 
 def apply(model: Model, maker: Pass, proposal: Proposal) -> None:
@@ -67,8 +85,7 @@ class Fitter:
         waiting = [place for place in places if requests[place.key]]
         wanted = [request for place in waiting for request in requests[place.key]]
         held = Statistics()
-        sites = [place.site for place in waiting]
-        sweep = self._sweep(model, wanted, self._reference if self.changed else None, sites)
+        sweep = self._sweep(model, wanted, self._reference if self.changed else None, ())
         with self._progress.task("statistics", 0) as task:
             sweep.tell = task.update
             for _, statistics in sweep:
@@ -122,7 +139,8 @@ class Fitter:
                     continue
                 place = order.get(site.name, 0)
                 if place >= first:
-                    waiting.append(Candidate(maker, Proposal(site.name), place, frozenset()))
+                    made = frozenset(name for node in site.nodes for name in _names(node))
+                    waiting.append(Candidate(maker, Proposal(site.name), place, frozenset(), tensors=made))
         waiting.sort(key=lambda item: item.position)
         requests = {item.key: self._requests(trial, item) for item in waiting}
         done: dict[tuple[str, str, str], Proposal] = {}
@@ -138,7 +156,7 @@ class Fitter:
     ) -> list[Candidate]:
         """Walks through `trial`, fits and applies each candidate in its layer; returns those that need no fit."""
         wanted = [request for item in waiting for request in requests[item.key]]
-        sweep = self._sweep(trial, wanted, self._reference, [self._site(trial, item) for item in waiting])
+        sweep = self._sweep(trial, wanted, self._reference, waiting)
         with self._progress.task("fitting", 0) as task:
             sweep.tell = task.update
             for _, statistics in sweep:
@@ -163,7 +181,8 @@ class Fitter:
 
     def _requests(self, model: Model, candidate: Candidate) -> tuple[Request, ...]:
         """What a candidate's fit needs in a model as it is now: a rewrite before it may have cut its input."""
-        return tuple(requests_of(candidate.maker, self._site(model, candidate)))
+        site = self._site(model, candidate)
+        return tuple(requests_again_of(candidate.maker, site, candidate.proposal))
 
     def _refit(self, model: Model, candidate: Candidate, statistics: Statistics) -> Proposal | None:
         """Proposes the same variant again."""
@@ -171,12 +190,10 @@ class Fitter:
             return candidate.maker.refit(self._site(model, candidate), candidate.proposal, statistics)
 
     def _sweep(
-        self, model: Model, requests: Sequence[Request], reference: Model | None, sites: Iterable[Site]
+        self, model: Model, requests: Sequence[Request], reference: Model | None, edits: Iterable[Candidate]
     ) -> Sweep:
-        """Cuts between layers, but through no site: it is rewritten as a whole, in the segment of its output."""
-        inside = {
-            v.name for site in sites for node in site.nodes for v in node.outputs if v.name != site.name
-        }
+        """Cuts between layers, but not through what is rewritten on the way, in the segment of its output."""
+        inside = {name for item in edits for name in item.tensors if name != item.proposal.site}
         points = [point for point in self._plan.points if point not in inside]
         return Sweep(
             model,

@@ -22,16 +22,16 @@ from onnxcollapse.errors import DataError, MetricError, ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.extents import Extents
-from onnxcollapse.rewriting.fitting import Fitter, Place
+from onnxcollapse.rewriting.fitting import Fitter, Place, apply
 from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
 from onnxcollapse.rewriting.opening import Opening
-from onnxcollapse.rewriting.passes import Pass, offers_of, sites_of
+from onnxcollapse.rewriting.passes import Pass, blamed, offers_of, sites_of
 from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal
 from onnxcollapse.rewriting.search import NEAR, Search, Trial, marginal
-from onnxcollapse.rewriting.selection import Candidate, admit, node_key, ranked
-from onnxcollapse.verification import Verifier
+from onnxcollapse.rewriting.selection import Candidate, admit, ranked
+from onnxcollapse.verification import FinalState, Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ class LossyStage:
 
     def run(self) -> None:
         """Runs rounds until none can keep more or the target is reached."""
+        for item in self._passes:
+            self._follow(item)
         for number in range(MAX_ROUNDS):
             if not self._passes or self._missing() <= 0 or self._spent() or not self._round(number):
                 break
@@ -110,6 +112,34 @@ class LossyStage:
         for candidate in [other for key, other in self._waiting.items() if key[:2] not in done]:
             self._note(candidate, "declined", self._why_passed_over(candidate))
         self._note_idle_repairs()
+
+    def _follow(self, maker: Pass) -> None:
+        """Applies what a pass has found by a search of its own, as much of it as the budget allows."""
+        with blamed(maker):
+            planned = maker.plan(self._model.clone(), FinalState(self._model, self._data, self._provider))
+        if planned is None:
+            return
+        name, count = maker.describe(), len(planned)
+        while count:
+            trial = self._model.clone()
+            for proposal in planned[:count]:
+                apply(trial, maker, proposal)
+            error = self._verifier.error(trial)
+            if error <= self._budget.cap:
+                self._model.ir, self.error = trial.ir, error
+                self.changed = self._fitter.changed = True
+                break
+            count //= 2
+        for place, item in enumerate(planned):
+            outcome: Outcome = "kept" if place < count else "rolled-back"
+            reason = (
+                item.detail if place < count else f"{item.detail}; over the budget of {self._budget.cap:g}"
+            )
+            self._journal.add(
+                Entry(outcome, name, item.site, item.variant, reason, item.predicted_error, None, self.error)
+            )
+        if not planned:
+            self._journal.add(Entry("declined", name, "graph", reason="its own search accepted nothing"))
 
     def _spent(self) -> bool:
         """Whether what was kept has used up the budget."""
@@ -141,9 +171,10 @@ class LossyStage:
             admit([candidate], attempt, self._roll_back)
         rest = [item for item in priced if not item.maker.on_request]
         self._failure = _Failure()
-        metric = self._verifier.pricing_metric
+        told = any(item.proposal.cost is not None for item in rest)
+        metric = "what passes say" if told else self._verifier.pricing_metric
         search = Search(start, kept, rest, self._budget, self._extents, self._attempted, metric)
-        found = search.run(self._priced_error()) if self._missing() > 0 else None
+        found = search.run(0.0 if told else self._priced_error()) if self._missing() > 0 else None
         if found is not None:
             self._keep(found)
             kept = list(found.chosen)
@@ -203,10 +234,7 @@ class LossyStage:
             if isinstance(site, Decline):
                 self._decline(item, site)
                 continue
-            nodes = [node for node in site.nodes if node in order]
-            first = min((order[node] for node in nodes), default=0)
-            tensors = frozenset(value.name or "" for node in nodes for value in node.outputs)
-            place = Place(item, site, first, frozenset(map(node_key, nodes)), tensors)
+            place = Place.of(item, site, order)
             offered = self._offered.get(place.key)
             if offered is None or offered - self._refused:
                 yield place

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Union
 
 import onnx_ir as ir
@@ -64,11 +64,27 @@ class Pass(abc.ABC):
     def propose(self, site: Any, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Turns a site and its statistics into alternatives, at most one of which is applied."""
 
+    def requests_again(self, site: Any, proposal: Proposal) -> Sequence[Request]:
+        """Names the statistics that `refit` needs for a proposal; by default those of the whole site."""
+        return self.requests(site)
+
     def refit(self, site: Any, proposal: Proposal, statistics: Statistics) -> Proposal | None:
         """Proposes the same variant again from other statistics; None when there is none any more."""
         for offer in self.propose(site, statistics):
             if isinstance(offer, Proposal) and offer.variant == proposal.variant:
                 return offer
+        return None
+
+    def plan(self, model: Model, similarity: Callable[[Model], float]) -> list[Proposal] | None:
+        """Searches by itself, as some published methods do, and says what to apply one after the other.
+
+        Args:
+            model: A copy of its own.
+            similarity: Runs a model and gives the mean cosine of its final state with the original's.
+
+        Returns:
+            The rewrites in their order; None for a pass that leaves the search to the engine.
+        """
         return None
 
     @abc.abstractmethod
@@ -155,6 +171,12 @@ def requests_of(item: Pass, site: Site) -> list[Request]:
     """Returns the statistics that a pass needs for a site; raises ModelError in the pass's name when it fails."""
     with blamed(item):
         return list(item.requests(site))
+
+
+def requests_again_of(item: Pass, site: Site, proposal: Proposal) -> list[Request]:
+    """Returns the statistics that a pass needs to fit a proposal anew; raises ModelError as `requests_of` does."""
+    with blamed(item):
+        return list(item.requests_again(site, proposal))
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -97,7 +97,9 @@ class Pricer:
         many = len(sites) * ANCHORS * FEWEST / 2 > FORWARDS * self._data.samples
         count = FEW_ANCHORS if many else ANCHORS
         anchors = {key: _anchors(variants, count) for key, variants in sites.items()}
-        measured = self._measure([item for found in anchors.values() for item in found], progress, label)
+        told = [item for item in candidates if item.proposal.cost is not None]
+        asked = [item for found in anchors.values() for item in found if item.proposal.cost is None]
+        measured = self._measure(asked, progress, label) | {item.key: self._told(item) for item in told}
         prices = []
         for key, variants in sites.items():
             known = [measured[item.key] for item in anchors[key]]
@@ -110,9 +112,10 @@ class Pricer:
         whole = [item for item in candidates if item.maker.on_request]
         rest = [item for item in candidates if not item.maker.on_request]
         prices = {item.key: self._measure_whole(item) for item in whole}
-        points = _outside(self._points, candidates)
+        if not rest:
+            return prices
         variants = {str(place): self._variant(item) for place, item in enumerate(rest)}
-        trials = Trials(self._model, self._data, self._verifier, points, provider=self._provider)
+        trials = Trials(self._model, self._data, self._verifier, self._points, provider=self._provider)
         trials.limit = self._samples(variants, trials)
         self._owners = _owners(self._model, trials)
         with progress.task(label, len(rest)) as task:
@@ -150,7 +153,7 @@ class Pricer:
                 saving = dataclasses.replace(saving, latency=self._faster(candidate))
             return saving, objection(candidate.maker, saving, self._budget)
 
-        return Variant(candidate.tensors, change)
+        return Variant(candidate.tensors | {candidate.proposal.site}, change)
 
     def _faster(self, candidate: Candidate) -> float:
         """Seconds that a candidate saves."""
@@ -184,6 +187,18 @@ class Pricer:
         except (MetricError, ModelError) as problem:
             return Price(dataclasses.replace(candidate, impact=math.inf), str(problem))
         return self._judge(dataclasses.replace(candidate, saving=saving, impact=error), whole=True)
+
+    def _told(self, candidate: Candidate) -> Price:
+        """A candidate of which the pass itself says what it costs."""
+        trial = self._model.clone()
+        cost = candidate.proposal.cost or 0.0
+        try:
+            apply(trial, candidate.maker, candidate.proposal)
+        except ModelError as problem:
+            return Price(dataclasses.replace(candidate, impact=math.inf), str(problem))
+        saving = self._extents.saving(self._model, self._extents.of(self._model), trial, candidate)
+        tried = dataclasses.replace(candidate, saving=saving, impact=cost)
+        return Price(tried, objection(candidate.maker, saving, self._budget))
 
     def _samples(self, variants: Mapping[str, Variant], trials: Trials) -> int:
         """As many as keep the measurements within FORWARDS runs of all the data."""
@@ -247,12 +262,6 @@ def _power_law(x: float, known_x: np.ndarray, known_y: np.ndarray) -> float:
     if at >= a[-1]:
         return float(np.exp(b[-1] + at - a[-1]))
     return float(np.exp(np.interp(at, a, b)))
-
-
-def _outside(points: Iterable[str], candidates: Sequence[Candidate]) -> list[str]:
-    """Points that lie inside no candidate's site: it is rewritten in one segment."""
-    inside = {name for item in candidates for name in item.tensors if name != item.proposal.site}
-    return [point for point in points if point not in inside]
 
 
 def _shapes(model: Model, data: Dataset) -> dict[str, tuple[int, ...]]:

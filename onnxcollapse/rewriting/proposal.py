@@ -95,6 +95,9 @@ class Proposal:
         saving: Predicted saving; the engine measures the real one when it applies the rewrite. An exact rewrite
             that predicts one is applied and measured together with others, one that does not by itself.
         payload: What the pass needs to do it, such as a fitted matrix; nobody else looks into it.
+        tensors: Names of the tensors whose nodes it takes away, where these are not all of the site's.
+        cost: What the pass itself says that it costs, in units of its own; then it is not measured alone, and the
+            passes chosen among have to use the same units. None to have it measured at the outputs.
     """
 
     site: str
@@ -103,6 +106,8 @@ class Proposal:
     predicted_error: float = 0.0
     saving: Saving = field(default_factory=Saving)
     payload: Any = field(default=None, compare=False, repr=False)
+    tensors: frozenset[str] | None = None
+    cost: float | None = None
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,12 @@ def layers(graph: ir.Graph) -> list[list[Block]]:
     placements equally long, the one that starts where the most nodes read: `[sum, ln] [attention, ln, ffn, ln] ...`
     rather than `[sum] [ln, attention, ln, ffn] ...`, then the first. What is left on both sides is searched again.
     """
-    return [[_joined(pieces) for pieces in run] for run in _runs(blocks(graph))]
+    return [[joined(pieces) for pieces in run] for run in pieces_of_layers(graph)]
+
+
+def pieces_of_layers(graph: ir.Graph) -> list[list[Sequence[Block]]]:
+    """The same runs with each layer as the stretches that it is made of."""
+    return list(_runs(blocks(graph)))
 
 
 def _runs(stretches: Sequence[Block]) -> Iterator[list[Sequence[Block]]]:
@@ -133,7 +138,8 @@ def _repetitions(kinds: Sequence[str], period: int) -> Iterator[tuple[int, int]]
         begin = position + 1
 
 
-def _joined(pieces: Sequence[Block]) -> Block:
+def joined(pieces: Sequence[Block]) -> Block:
+    """Stretches one behind the other as one block."""
     if len(pieces) == 1:
         return pieces[0]
     nodes = dict.fromkeys(node for piece in pieces for node in piece.nodes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from onnxcollapse.verification.compare import Comparison, OutputComparison, compare
 from onnxcollapse.verification.metrics import NAMES, Metric, metric
+from onnxcollapse.verification.similarity import FinalState
 from onnxcollapse.verification.sums import METRICS
 from onnxcollapse.verification.trials import Outcome, Trials, Variant
 from onnxcollapse.verification.verifier import Verifier
@@ -13,6 +14,7 @@ __all__ = [
     "METRICS",
     "NAMES",
     "Comparison",
+    "FinalState",
     "Metric",
     "Outcome",
     "OutputComparison",

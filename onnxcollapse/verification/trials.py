@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcollapse.calibration.data import DataPart, Dataset
-from onnxcollapse.calibration.segments import Segment, extract
+from onnxcollapse.calibration.segments import Segment, extract, segments
 from onnxcollapse.calibration.sessions import Session, adopt
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Feeds, Walk
@@ -87,6 +87,8 @@ class Trials:
         self._model, self._verifier, self._provider = model, verifier, provider
         self._part: DataPart = part
         self._walk = Walk(model, data, points, parts=[part], limit=limit, provider=provider)
+        self._points = list(points)
+        self._stretches: dict[tuple[int, int], Segment] = {}
         self._wanted = verifier.wanted(model)
         self._tapes: dict[str, Tape] = {}
         self._metrics: dict[str, metrics.Metric] = {}
@@ -107,9 +109,23 @@ class Trials:
         return self._walk.segments
 
     def place(self, variant: Variant) -> int:
-        """The segment in which a variant differs."""
-        made = self._walk.segments
-        return next((segment.index for segment in made if segment.makes & variant.tensors), 0)
+        """The last segment in which a variant differs; it is run there, through all that it differs in."""
+        return self._reach(variant)[1]
+
+    def _reach(self, variant: Variant) -> tuple[int, int]:
+        """The first and the last segment in which a variant differs."""
+        made = [s.index for s in self._walk.segments if s.makes & variant.tensors]
+        return (made[0], made[-1]) if made else (0, 0)
+
+    def _stretch(self, variant: Variant) -> Segment:
+        """What a variant differs in, as one segment."""
+        first, last = self._reach(variant)
+        if first == last:
+            return self.segments[first]
+        if (first, last) not in self._stretches:
+            points = [*self._points[:first], *self._points[last:]]
+            self._stretches[first, last] = segments(self._model.graph, points)[first]
+        return self._stretches[first, last]
 
     def run(self, variants: Mapping[str, Variant]) -> Iterator[str]:
         """Walks through the model; gives each variant's key when it has been tried in its own segment.
@@ -122,6 +138,7 @@ class Trials:
         self._metrics = {key: metrics.metric(self._verifier.pricing_metric, kept) for key in variants}
         try:
             while not self._walk.done:
+                self._hold(variants, homes)
                 yield from self._segment(self._walk.segment, variants, homes)
                 self._walk.move_on()
                 self._forget()
@@ -130,6 +147,11 @@ class Trials:
             self._walk.close()
             for tape in self._tapes.values():
                 tape.close()
+
+    def _hold(self, variants: Mapping[str, Variant], homes: Mapping[str, int]) -> None:
+        """Keeps the states that variants yet to come begin with."""
+        later = [variants[key] for key, home in homes.items() if home > self._walk.place]
+        self._walk.held = frozenset(name for variant in later for name in self._stretch(variant).reads)
 
     def _segment(
         self, segment: Segment, variants: Mapping[str, Variant], homes: Mapping[str, int]
@@ -142,7 +164,7 @@ class Trials:
             with self._open(extract(self._model, segment, given, self._types(segment))) as session:
                 self._through(session, segment, given, alive, last=last)
         for key in (key for key, home in homes.items() if home == segment.index):
-            self._own(key, variants[key], segment, given, last=last)
+            self._own(key, variants[key], last=last)
             yield key
 
     def _through(
@@ -165,9 +187,11 @@ class Trials:
         for key in alive if last else ():
             self._finish(key)
 
-    def _own(self, key: str, variant: Variant, segment: Segment, given: Sequence[str], *, last: bool) -> None:
-        """Runs a variant's own segment."""
-        outcome = self.outcomes[key]
+    def _own(self, key: str, variant: Variant, *, last: bool) -> None:
+        """Runs a variant through what it differs in."""
+        outcome, segment = self.outcomes[key], self._stretch(variant)
+        outputs = [name for name in segment.outputs if name in self._wanted]
+        given = list(dict.fromkeys([*segment.gives, *outputs]))
         ends = list(dict.fromkeys([*segment.gives, *segment.outputs]))
         trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends))
         tape = self._tapes[key] = Tape(self._walk.tape)

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""collapse-layers: layers leave the residual stream (LaCo, arXiv 2402.11187; METHODS 4).
+
+::
+
+    h -- layer l+1 -- ... -- layer l+m -- h'      becomes      h -- h + norm(h) W + b      (fit)
+                                                               h -- h                      (drop)
+                                                               h with W_down A before it   (fold, 2505.02819)
+    layer l -- layer l+1 -- ... -- layer l+m      becomes      layer l with weights made of all (rdsc, last, mean)
+
+``fit`` is ours: h' - h is fitted in closed form from what the first projections of the span read, which in a pre-norm
+net is the norm of h: what layers add depends on that and not on h, whose length differs from token to token.
+
+The search is the engine's own (``optimal``: spans exclude each other and compete under one budget by their effect at
+the outputs), or a published one: ``greedy`` takes the layers whose input and output are most alike first (ShortGPT,
+2403.03853), ``laco`` merges from the top down while the final state stays alike, ``random`` is a control.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, ridge_fit
+from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.calibration.statistics import (
+    Cosine,
+    Cross,
+    Gram,
+    GramMatrix,
+    Moments,
+    Ref,
+    Request,
+    Statistics,
+)
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import Model, edit, scratch, weights
+from onnxcollapse.rewriting import Decline, Pass, Proposal
+from onnxcollapse.structure import Block, Linear, build_linear, feedforwards, folded, linear_at, operator_of
+from onnxcollapse.structure.spans import (
+    Span,
+    Stream,
+    first_projection,
+    fused_end,
+    last_addition,
+    streams,
+)
+
+Merge = Literal["fit", "drop", "fold", "rdsc", "last", "mean"]
+Similarity = Callable[[Model], float]
+
+STRONG_RIDGES = (*RIDGES, 0.3, 1.0)
+"""Norms leave few directions without variance: held-out rows like to shrink more than elsewhere."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one span goes, by names, which mean the same in every copy of the graph.
+
+    Attributes:
+        merge: How.
+        start: Tensor that the stream is before what is taken away.
+        end: Tensor that the stream is behind it.
+        removed: Tensors that the nodes taken away or changed compute.
+        gone: Those of the nodes taken away.
+        features: Tensor that the fit reads, or None.
+        like: Output of the Linear that the map is spelled like, or that it is folded into; None without a map.
+        axis: Channel axis of the stream.
+        weights: For merges of weights: a list for each weight of the layer that stays, its own name first.
+        fit: Matrices and offset of the map, when fitted.
+    """
+
+    merge: Merge
+    start: str
+    end: str
+    removed: frozenset[str]
+    gone: frozenset[str]
+    features: str | None = None
+    like: str | None = None
+    axis: int = -1
+    weights: tuple[tuple[str, ...], ...] = ()
+    fit: tuple[tuple[ir.TensorProtocol, ...], np.ndarray | None] | None = None
+
+    @property
+    def behind(self) -> Ref:
+        """The stream behind it, as the original has it."""
+        return Ref(self.end, "reference", self.axis)
+
+    @property
+    def alike(self) -> Cosine:
+        """How alike its ends are."""
+        return Cosine(Ref(self.start, axis=self.axis), self.behind)
+
+    @property
+    def gram(self) -> Gram:
+        """Sums of what the fit reads."""
+        return Gram((Ref(self.features or "", axis=self.axis),))
+
+    @property
+    def cross(self) -> Cross:
+        """Its products with what the stream gains."""
+        return Cross(self.gram.features[0], replace(self.behind, minus=self.start))
+
+    def requests(self) -> list[Request]:
+        """The statistics of its fit, or of how alike its ends are."""
+        return [self.alike] if self.features is None else [self.gram, self.cross, Moments(self.behind)]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamEnd:
+    """A point of the stream, and the spans that end there.
+
+    Attributes:
+        value: The point.
+        plans: The ways in which what is before it may go, with a variant's name each.
+        nodes: All nodes that one of them takes away.
+    """
+
+    value: ir.Value
+    plans: tuple[tuple[str, Plan], ...]
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """The point's name."""
+        return self.value.name or ""
+
+
+@dataclass(frozen=True)
+class CollapseLayers(Pass):
+    """Takes layers, or the attention of one, out of the residual stream.
+
+    Attributes:
+        merge: What stands in for a span: a fitted map, nothing (drop), the layer before it refitted (fold), or that
+            layer with weights made of all (rdsc, last, mean).
+        search: optimal, or the order of a published method: greedy, laco; random as a control.
+        longest: Most layers that one span may have.
+        parts: Whether attention may leave without its feed-forward block, with fit and drop.
+        rank: Limit of the rank of fitted maps; none for full rank.
+        interval: laco: layers to step back after a merge (I of the paper).
+        merged: laco: layers merged at a time (C).
+        lowest: laco: lowest layer that takes part (L).
+        highest: laco: layer behind the highest one that takes part (H); none for all.
+        threshold: laco: least mean cosine of the final state with the original's (T).
+        seed: Of the random order.
+    """
+
+    name: ClassVar[str] = "collapse-layers"
+    merge: Merge = "fit"
+    search: Literal["optimal", "greedy", "laco", "random"] = "optimal"
+    longest: int = 4
+    parts: bool = True
+    rank: int | None = None
+    interval: int = 2
+    merged: int = 4
+    lowest: int = 1
+    highest: int | None = None
+    threshold: float = 0.65
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.longest < 1 or self.merged < 1 or self.interval < 1:
+            raise ValueError("longest, merged and interval must be at least 1")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank {self.rank} must be at least 1")
+        if not -1.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold {self.threshold} must lie in [-1, 1]: it is a cosine")
+        if self.search == "laco" and self.merge in ("fit", "fold"):
+            raise ValueError(
+                f"search laco looks at merged weights: it takes rdsc, last, mean or drop, not {self.merge}"
+            )
+
+    def sites(self, model: Model) -> Iterator[StreamEnd | Decline]:
+        """Finds the points of residual streams behind which a span can be taken away."""
+        if self.search == "laco":
+            return
+        found = streams(model.graph)
+        if not found:
+            yield Decline("graph", "no run of equal layers adds to a residual stream of one width")
+        for stream in found:
+            yield from self._ends(model, stream)
+
+    def site(self, model: Model, name: str) -> StreamEnd | None:
+        """Finds a point by name; a proposal knows the rest."""
+        value = next((v for node in model.graph for v in node.outputs if v.name == name), None)
+        node = None if value is None else value.producer()
+        return None if value is None or node is None else StreamEnd(value, (), (node,))
+
+    def requests(self, site: StreamEnd) -> Sequence[Request]:
+        """Asks for the sums of what the maps read and of what they have to give."""
+        return [request for _, plan in site.plans for request in plan.requests()]
+
+    def requests_again(self, site: StreamEnd, proposal: Proposal) -> Sequence[Request]:
+        """Asks for those of one map."""
+        plan: Plan = proposal.payload
+        return plan.requests() if plan.features is not None else ()
+
+    def propose(self, site: StreamEnd, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
+        """Offers each span that ends here, with its map."""
+        if statistics is None:
+            yield Decline(site.name, "no statistics were collected")
+            return
+        for variant, plan in site.plans:
+            if plan.features is None:
+                cosine = statistics.heldout(plan.alike).mean
+                detail = f"{variant}: mean cosine of its ends {cosine:.4f}"
+                yield self._offer(site.name, variant, plan, detail, 1.0 - cosine)
+            else:
+                yield self._fitted(site.name, variant, plan, statistics)
+
+    def refit(self, site: StreamEnd, proposal: Proposal, statistics: Statistics) -> Proposal | None:
+        """Fits one map again."""
+        plan: Plan = proposal.payload
+        if plan.features is None:
+            return proposal
+        return self._fitted(proposal.site, proposal.variant, plan, statistics)
+
+    def rewrite(self, model: Model, site: StreamEnd, proposal: Proposal) -> None:
+        """Lets the stream pass a span by; the point behind it keeps its name."""
+        plan: Plan = proposal.payload
+        values = {v.name: v for node in model.graph for v in node.outputs}
+        values |= {v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values())}
+        for name in (plan.start, plan.end):
+            if name not in values:
+                raise ModelError(f"{self.name}: tensor '{name}' is gone; an earlier rewrite consumed it")
+        start, end = values[plan.start], values[plan.end]
+        for names in plan.weights:
+            _merge_weights(model, plan, [values[name] for name in names])
+        if plan.merge == "fold":
+            _fold(model, plan)
+            start = next(v for node in model.graph for v in node.outputs if v.name == plan.start)
+        instead = (
+            _mapped(model, plan, start, end, values) if plan.merge == "fit" else _same(model, start, end)
+        )
+        edit.substitute(model, end, instead)
+        _drop_caches(model, plan.gone)
+
+    def plan(self, model: Model, similarity: Similarity) -> list[Proposal] | None:
+        """LaCo's search (arXiv 2402.11187, algorithm 1): from the top down, merge while the final state stays alike.
+
+        Args:
+            model: A copy that may be edited.
+            similarity: Mean cosine of a model's final state with the original's.
+        """
+        if self.search != "laco":
+            return None
+        done: list[Proposal] = []
+        stream = _longest(model)
+        if stream is None:
+            return done
+        place = min(self.highest or len(stream.layers), len(stream.layers)) - self.merged
+        while place >= self.lowest:
+            stream = _longest(model)
+            if stream is None:
+                break
+            place = min(place, len(stream.layers) - 2)
+            rest = min(self.merged - 1, len(stream.layers) - 1 - place)
+            if place < self.lowest or rest < 1:
+                place -= 1
+                continue
+            proposal = self._merging(stream, place, rest)
+            trial = model.clone()
+            self.apply(trial, [proposal])
+            edit.prune(trial)
+            alike = similarity(trial)
+            if alike > self.threshold:
+                detail = f"{proposal.detail}, cosine of the final state {alike:.4f}"
+                done.append(replace(proposal, detail=detail, predicted_error=1.0 - alike))
+                model.ir = trial.ir
+                place -= self.interval
+            else:
+                place -= 1
+        return done
+
+    # Finding
+
+    def _ends(self, model: Model, stream: Stream) -> Iterator[StreamEnd | Decline]:
+        longest = 1 if self.search in ("greedy", "random") else self.longest
+        plans: dict[ir.Value, list[tuple[str, Plan, Span]]] = {}
+        reasons: dict[str, str] = {}
+        blocks = {node for block in feedforwards(model.graph)[0] for node in block.nodes}
+        spans = stream.spans(longest)
+        if self.parts and longest > 1 and self.merge in ("fit", "drop"):
+            spans += [
+                Span((part,), 0) for parts in stream.parts for part in parts if not blocks & set(part.nodes)
+            ]
+        for span in spans:
+            found = self._plan(span, stream)
+            if isinstance(found, Plan):
+                what = f"{self.merge} {span.layers}" if span.layers else f"{self.merge} part"
+                plans.setdefault(span.end, []).append((what, found, span))
+            else:
+                reasons[span.end.name or ""] = found
+        for end, offers in plans.items():
+            nodes = dict.fromkeys(node for _, plan, span in offers for node in _nodes(plan, span, model))
+            yield StreamEnd(end, tuple((what, plan) for what, plan, _ in offers), tuple(nodes))
+        known = {end.name for end in plans}
+        yield from (Decline(name, reason) for name, reason in reasons.items() if name not in known)
+
+    def _plan(self, span: Span, stream: Stream) -> Plan | str:
+        """How a span goes, or why it cannot."""
+        if self.merge in ("rdsc", "last", "mean"):
+            return self._merged_weights(span, stream)
+        fused = fused_end(span)
+        if fused is not None:
+            return f"the stream is a sum inside {fused}; export without fusing it, or fuse after this"
+        plan = Plan(self.merge, span.start.name or "", span.end.name or "", span.tensors, span.tensors)
+        if self.merge == "drop":
+            return plan
+        if self.merge == "fold":
+            down = last_addition(span.start)
+            if down is None:
+                return "no Linear is added to the stream right before it that a map could be folded into"
+            names = frozenset(v.name or "" for node in down.nodes for v in node.outputs)
+            return replace(
+                plan, features=down.name, like=down.name, axis=down.axis, removed=plan.removed | names
+            )
+        reader = first_projection(span)
+        if reader is None:
+            return "no Linear in it reads the stream or a norm of it, so that a map has nothing to be spelled like"
+        return replace(plan, features=reader.input.name, like=reader.name, axis=reader.axis)
+
+    def _merged_weights(self, span: Span, stream: Stream) -> Plan | str:
+        """The layer before a span takes its weights in."""
+        first = stream.layers.index(span.blocks[0])
+        if not first:
+            return "no layer before it could take its weights in"
+        whole = [stream.layers[first - 1], *span.blocks]
+        names = _matching(whole)
+        if not names:
+            return "its Linears do not correspond to those of the layer before it"
+        if any(len(set(group)) < len(group) for group in names):
+            return "its layers share their weights: there is nothing to merge"
+        removed = Span(tuple(whole), len(span.blocks)).tensors
+        ends = span.start.name or "", span.end.name or ""
+        return Plan(self.merge, *ends, removed, span.tensors, weights=names)
+
+    def _merging(self, stream: Stream, place: int, rest: int) -> Proposal:
+        """Merges `rest` layers into the one at `place`."""
+        span = Span(stream.layers[place + 1 : place + 1 + rest], rest)
+        plan = self._plan(span, stream)
+        if not isinstance(plan, Plan):
+            raise ModelError(f"{self.name}: {span.name}: {plan}")
+        detail = f"{self.merge}: {rest} layers behind layer {place} into it"
+        return Proposal(
+            span.end.name or "", f"{self.merge} {rest}", detail, tensors=span.tensors, payload=plan
+        )
+
+    # Fitting
+
+    def _offer(
+        self, site: str, variant: str, plan: Plan, detail: str, error: float, params: int = 0
+    ) -> Proposal:
+        cost = None
+        if self.search == "greedy":
+            cost = max(error, 0.0)
+        elif self.search == "random":
+            digest = hashlib.blake2b(f"{self.seed} {site}".encode(), digest_size=4).digest()
+            cost = 1.0 + int.from_bytes(digest, "big") / 2**32
+        return Proposal(site, variant, detail, error, payload=plan, tensors=plan.removed, cost=cost)
+
+    def _fitted(self, site: str, variant: str, plan: Plan, statistics: Statistics) -> Proposal:
+        """Fits h' - h ~ x W + b on sums: x the features of `fit`, or what the layer before adds, for `fold`."""
+        target = plan.cross.right
+        parts = [
+            GramMatrix.assembled(of(plan.gram), of(plan.cross), target)
+            for of in (statistics.fit, statistics.heldout)
+        ]
+        if plan.merge == "fold":  # as published: no offset
+            parts = [_through_origin(part) for part in parts]
+        found = ridge_fit(parts[0], parts[1], 1, 2, STRONG_RIDGES, self.rank)
+        whole = float(np.sum(statistics.heldout(Moments(plan.behind)).power))
+        gap = parts[1].power(2)
+        error = found.error * (gap / whole) ** 0.5 if whole > 0 else 0.0
+        detail = (
+            f"{variant}: what it adds is fitted to {found.error:.3f} of its size, ridge {found.ridge:g}"
+            + (f", rank {self.rank}" if self.rank else "")
+        )
+        return self._offer(site, variant, replace(plan, fit=_held(found)), detail, error)
+
+
+def _held(found: LinearFit) -> tuple[tuple[ir.TensorProtocol, ...], np.ndarray]:
+    """Puts the matrices of a map aside; there is one for every variant until the choice is made."""
+    matrices = found.factors() if found.rank is not None else (found.matrix,)
+    kept = (scratch.hold(np.array(m, np.float64, order="C"), ir.DataType.DOUBLE, "map") for m in matrices)
+    return tuple(kept), found.offset
+
+
+def _through_origin(gram: GramMatrix) -> GramMatrix:
+    matrix = gram.matrix.copy()
+    matrix[0, 1:] = matrix[1:, 0] = 0.0
+    return replace(gram, matrix=matrix)
+
+
+def _longest(model: Model) -> Stream | None:
+    return max(streams(model.graph), key=lambda stream: len(stream.layers), default=None)
+
+
+def _nodes(plan: Plan, span: Span, model: Model) -> list[ir.Node]:
+    """The nodes that a plan takes away or changes."""
+    if plan.removed == span.tensors:
+        return list(span.nodes)
+    return [node for node in model.graph if any(v.name in plan.removed for v in node.outputs)]
+
+
+def _matching(blocks: Sequence[Block]) -> tuple[tuple[str, ...], ...]:
+    """Weights and biases of the Linears of isomorphic blocks that correspond, the first block's name first."""
+    groups = []
+    for nodes in zip(*(block.nodes for block in blocks), strict=True):
+        found = [linear for linear in map(linear_at, nodes) if isinstance(linear, Linear)]
+        if len(found) < len(nodes):
+            continue
+        operands: list[list[ir.Value | None]] = [[f.weight for f in found], [f.bias for f in found]]
+        groups += [
+            tuple(v.name or "" for v in group if v is not None) for group in operands if None not in group
+        ]
+    return tuple(groups)
+
+
+def _merge_weights(model: Model, plan: Plan, group: Sequence[ir.Value]) -> None:
+    """theta* of METHODS 4 for one weight: of the layer that stays first."""
+    arrays = []
+    for value in group:
+        known = folded(value)
+        if known is None:
+            raise ModelError(f"weight '{value.name}' is no constant any more; search the graph again")
+        arrays.append(known.wide())
+    first = arrays[0]
+    if plan.merge == "rdsc":
+        merged = first + sum(array - first for array in arrays[1:])
+    else:
+        merged = arrays[-1] if plan.merge == "last" else sum(arrays) / len(arrays)
+    dtype = group[0].dtype or folded(group[0]).dtype  # type: ignore[union-attr]
+    new = edit.add_initializer(model.graph, f"{group[0].name}_merged", np.asarray(merged), dtype)
+    for node, index in group[0].uses():
+        if any(value.name in plan.removed for value in node.outputs):
+            node.replace_input_with(index, new)
+
+
+def _fold(model: Model, plan: Plan) -> None:
+    """W_down <- W_down (I + A'), and its bias likewise (arXiv 2505.02819)."""
+    down = operator_of(model.graph, plan.like or "")
+    if not isinstance(down, Linear) or plan.fit is None:
+        raise ModelError(
+            f"the Linear '{plan.like}' that a map is folded into is gone; an earlier rewrite took it"
+        )
+    step = np.eye(down.out_features) + weights.array(plan.fit[0][0])
+    for other in plan.fit[0][1:]:
+        step = np.eye(down.out_features) + (step - np.eye(down.out_features)) @ weights.array(other)
+    offset = None if down.bias is None else down.offset() @ step
+    value = build_linear(model.graph, down.nodes[-1], down, down.input, down.matrix() @ step, offset)
+    edit.substitute(model, down.output, value)
+
+
+def _mapped(
+    model: Model, plan: Plan, start: ir.Value, end: ir.Value, values: dict[str | None, ir.Value]
+) -> ir.Value:
+    """H + x W + b."""
+    like, value, maker = operator_of(model.graph, plan.like or ""), values.get(plan.features), end.producer()
+    if not isinstance(like, Linear) or value is None or plan.fit is None or maker is None:
+        raise ModelError(f"'{plan.features}', which a map reads, is gone; an earlier rewrite took it")
+    matrices, offset = plan.fit
+    for index, matrix in enumerate(matrices):
+        last = index == len(matrices) - 1
+        value = build_linear(model.graph, maker, like, value, weights.array(matrix), offset if last else None)
+    added = edit.like(end)
+    node = ir.Node("", "Add", [start, value], outputs=[added], name=f"{plan.end}_mapped")
+    edit.insert_before(model.graph, maker, node)
+    return added
+
+
+def _same(model: Model, start: ir.Value, end: ir.Value) -> ir.Value:
+    """An Identity, so that the point behind keeps a name; the exact stage takes it away in the end."""
+    maker = end.producer()
+    if maker is None:
+        raise ModelError(f"'{end.name}' is no longer computed; an earlier rewrite took it")
+    passed = edit.like(end)
+    edit.insert_before(
+        model.graph, maker, ir.Node("", "Identity", [start], outputs=[passed], name=f"{end.name}_past")
+    )
+    return passed
+
+
+def _drop_caches(model: Model, removed: frozenset[str]) -> None:
+    """Takes away the cache outputs of what is gone, and the cache inputs that nothing needs any more."""
+    graph = model.graph
+    before = {v.name for v in graph.inputs if is_cache_name(v.name or "") and v.uses()}
+    graph.outputs[:] = [v for v in graph.outputs if v.name not in removed or not is_cache_name(v.name or "")]
+    edit.prune(model)
+    mine = {v.name for v in graph.inputs if v.name in before and _only_measured(v)}
+    spare = [v for v in graph.inputs if is_cache_name(v.name or "") and v.name not in mine]
+    for value in list(graph.inputs):
+        if value.name in mine and value.uses():
+            other = next((v for v in spare if _same_role(v, value)), None)
+            if other is None:
+                continue
+            for node, index in value.uses():
+                node.replace_input_with(index, other)
+    graph.inputs[:] = [v for v in graph.inputs if v.name not in mine or v.uses()]
+
+
+def _only_measured(value: ir.Value) -> bool:
+    """Whether nothing but the shape of a tensor is read."""
+    return all(node.op_type in ("Shape", "Size") for node in value.consumers())
+
+
+def _same_role(value: ir.Value, other: ir.Value) -> bool:
+    """Whether two cache inputs have the same name but for its number, and the same shape."""
+    names = ["".join(c for c in v.name or "" if not c.isdigit()) for v in (value, other)]
+    return names[0] == names[1] and str(value.shape) == str(other.shape)

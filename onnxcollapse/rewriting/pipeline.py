@@ -25,6 +25,7 @@ from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.registry import defaults
+from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
 
 logger = logging.getLogger(__name__)
@@ -272,7 +273,7 @@ def optimize(
         size(model),
         size(work),
         flops(model, shapes=shapes),
-        flops(work, shapes=shapes),
+        extent(work, shapes).flops,
         provider=obtained,
         notes=notes,
         latency=latency,

@@ -24,7 +24,7 @@ from onnxcollapse.rewriting.passes import sites_of
 from onnxcollapse.rewriting.pricing import ANCHORS, FEWEST, FORWARDS, Pricer
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Proposal, Saving
-from onnxcollapse.rewriting.selection import Candidate, node_key
+from onnxcollapse.rewriting.selection import Candidate
 from onnxcollapse.verification import Verifier
 from tests.passes.narrowing import correlated
 from tests.rewriting.branches import Drop, branches
@@ -62,9 +62,7 @@ class Case:
         statistics = collect(self.model, wanted, self.data, provider="cpu")
         found = []
         for site in sites:
-            keys = frozenset(map(node_key, site.nodes))
-            tensors = frozenset(value.name for node in site.nodes for value in node.outputs)
-            place = Place(self.item, site, min(order[node] for node in site.nodes), keys, tensors)
+            place = Place.of(self.item, site, order)
             found += [place.candidate(offer) for offer in self.item.propose(site, statistics)]
         return found
 
@@ -267,7 +265,7 @@ def test_a_candidate_that_fails_or_is_no_number_ends_with_its_reason():
     pricer = Pricer(model, data, verifier, budget, plan(model), "cpu", Extents(model, None, data))
     item = Failing()
     node = next(node for node in model.graph if node.outputs[0].name == "b0")
-    place = Place(item, next(iter(item.sites(model))), 0, frozenset([node_key(node)]), frozenset(["b0"]))
+    place = Place(item, next(iter(item.sites(model))), ((0, node),))
     candidates = [
         place.candidate(Proposal("b0", variant, "", error, Saving(params=63)))
         for variant, error in (("zero", 0.1), ("gone", 0.2), ("inf", 0.3))

@@ -151,10 +151,14 @@ def existing(folder: Path) -> Iterator[None]:
         raise
 
 
-def stage(companion: Path, folder: Path) -> Path:
-    """Copy a companion into the staging folder."""
+def stage(companion: Path, folder: Path, text: str | None = None) -> Path:
+    """Copy a companion into the staging folder, or write it with another text."""
     if not companion.is_file():
         raise ModelError(
             f"{companion} has gone since the model was loaded; restore it or load the model again"
         )
+    if text is not None:
+        staged = folder / companion.name
+        staged.write_text(text, encoding="utf-8")
+        return staged
     return Path(shutil.copyfile(companion, folder / companion.name))

@@ -10,7 +10,7 @@ from typing import Literal
 import onnx_ir
 import onnx_ir as ir
 
-from onnxcollapse.model import carry, files, loading, saving
+from onnxcollapse.model import carry, companions, files, loading, saving
 from onnxcollapse.model.skeleton import Skeleton, clone, for_session
 
 Kind = Literal["tensor", "sparse", "sequence", "optional", "other"]
@@ -53,6 +53,8 @@ class Model:
         companions: Files that go where it goes (config.json, tokenizer files, ...); only for models from a
         folder.
         folder: Whether it was loaded as a folder, and so is saved as one.
+        layers_before: Layers that the model it was made from has; 0 when none is gone.
+        layers_left: Which of them are left, in order: config files say so when it is saved.
     """
 
     ir: onnx_ir.Model
@@ -60,6 +62,8 @@ class Model:
     external: bool = False
     companions: tuple[Path, ...] = ()
     folder: bool = False
+    layers_before: int = 0
+    layers_left: tuple[int, ...] = ()
 
     @property
     def graph(self) -> onnx_ir.Graph:
@@ -76,8 +80,8 @@ class Model:
         source = Path(source)
         path = files.find_model(source)
         loaded = loading.load(path)
-        companions = files.find_companions(source.absolute(), loaded.weight_files) if source.is_dir() else ()
-        return cls(loaded.model, path, loaded.external, companions, source.is_dir())
+        beside = files.find_companions(source.absolute(), loaded.weight_files) if source.is_dir() else ()
+        return cls(loaded.model, path, loaded.external, beside, source.is_dir())
 
     def save(self, target: str | Path, *, external: bool | None = None) -> None:
         """Write the model at once or not at all; it stays usable, even when its own source is replaced.
@@ -98,7 +102,15 @@ class Model:
             return
         name = self.path.name if self.path else "model.onnx"
         with files.existing(target):
-            saving.save(self.ir, target / name, external=external, companions=self.companions)
+            saving.save(
+                self.ir, target / name, external=external, companions=self.companions, edit=self._followed
+            )
+
+    def _followed(self, companion: Path) -> str | None:
+        """New text of a config file when layers are gone, else None."""
+        return (
+            companions.follow(companion, self.layers_before, self.layers_left) if self.layers_before else None
+        )
 
     def _means_folder(self, target: Path) -> bool:
         return target.is_dir() or (self.folder and target.suffix != ".onnx")

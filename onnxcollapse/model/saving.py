@@ -130,7 +130,14 @@ def to_bytes(model: ir.Model) -> bytes:
     return file.getvalue()
 
 
-def save(model: ir.Model, target: Path, *, external: bool | None, companions: Sequence[Path] = ()) -> None:
+def save(
+    model: ir.Model,
+    target: Path,
+    *,
+    external: bool | None,
+    companions: Sequence[Path] = (),
+    edit: Callable[[Path], str | None] = lambda _: None,
+) -> None:
     """Write the model to `target`, replacing what is there at once or not at all.
 
     Args:
@@ -138,6 +145,7 @@ def save(model: ir.Model, target: Path, *, external: bool | None, companions: Se
         target: The .onnx file.
         external: Weights into `<target>.data` beside it; None: only when they do not fit into one message.
         companions: Files to copy beside it.
+        edit: Gives another text for a companion, or None to copy it as it is.
 
     Raises:
         ModelError: The files cannot be written, or the weights must be inline and do not fit.
@@ -146,7 +154,7 @@ def save(model: ir.Model, target: Path, *, external: bool | None, companions: Se
         raise ModelError(f"cannot write {target}: it is a folder; name a file in it")
     plan = _plan(model, target, external)
     with files.staging(target) as folder:
-        staged = [files.stage(companion, folder) for companion in companions]
+        staged = [files.stage(companion, folder, edit(companion)) for companion in companions]
         if plan.sidecar is not None:
             staged.append(_write(folder / plan.sidecar.name, plan.sidecar.write))
         staged.append(_write(folder / target.name, plan.write))

@@ -25,6 +25,7 @@ from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.registry import defaults
+from onnxcollapse.rewriting.settling import settle
 from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
 
@@ -252,6 +253,9 @@ def optimize(
         )
     error = verifier.error(work) if verifier is not None else None
     shapes = data.shapes() if data is not None else None
+    gone = settle(model, work) if lossy else None
+    if gone is not None:
+        notes.append(gone)
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
     done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))

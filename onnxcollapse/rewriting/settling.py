@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows in a model's interface and folder when layers are gone: cache numbers and config files."""
+
+from __future__ import annotations
+
+import re
+
+import onnx_ir as ir
+
+from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import Model
+from onnxcollapse.structure import layers
+
+_NUMBER = re.compile(r"\d+")
+
+
+def settle(original: Model, work: Model) -> str | None:
+    """Numbers caches anew without gaps and notes in `work` which of the original's layers are left.
+
+    Until then caches keep their numbers, because data and the original's outputs go by them.
+
+    Args:
+        original: The user's model.
+        work: What was made of it; edited.
+
+    Returns:
+        What the user should know; None when all layers are there.
+
+    Raises:
+        ModelError: A layer has a cache input without a cache output, or the other way round.
+    """
+    numbers = cache_layers(original)
+    left = cache_layers(work) if numbers else _layers_left(original, work)
+    before = numbers or list(range(_depth(original)))
+    if left == before:
+        return None
+    work.layers_before, work.layers_left = len(before), tuple(before.index(number) for number in left)
+    note = f"{len(before) - len(left)} of {len(before)} layers are gone; config files in the model's folder follow"
+    if not numbers:
+        return note
+    renumber(work)
+    return f"{note}, and caches are numbered anew"
+
+
+def cache_layers(model: Model) -> list[int]:
+    """Numbers of the layers that have a cache among the model's inputs or outputs, in order."""
+    return sorted(
+        {number for value in _interface(model) if (number := cache_number(value.name or "")) is not None}
+    )
+
+
+def cache_number(name: str) -> int | None:
+    """The layer that a cache belongs to: 3 for past_key_values.3.key, past_3_key, present.3.value; None for others."""
+    found = _NUMBER.search(name) if is_cache_name(name) else None
+    return None if found is None else int(found[0])
+
+
+def renumber(model: Model) -> dict[int, int]:
+    """Closes gaps in the numbers of caches, inputs and outputs alike; their order stays.
+
+    Returns:
+        New number by old.
+
+    Raises:
+        ModelError: See `settle`.
+    """
+    sides = [
+        {number for v in values if (number := cache_number(v.name or "")) is not None}
+        for values in (model.graph.inputs, model.graph.outputs)
+    ]
+    odd = sorted(sides[0] ^ sides[1])
+    if sides[0] and sides[1] and odd:
+        raise ModelError(
+            f"layer {odd[0]} has a cache on one side of the model only; it cannot be numbered anew"
+        )
+    numbers = {old: new for new, old in enumerate(cache_layers(model))}
+    moved = [
+        (value, _NUMBER.sub(str(numbers[number]), value.name or "", count=1))
+        for value in _interface(model)
+        if (number := cache_number(value.name or "")) is not None and numbers[number] != number
+    ]
+    taken = {value.name for node in model.graph for value in node.outputs} | {
+        v.name for v in _interface(model)
+    }
+    taken -= {value.name for value, _ in moved}
+    clash = next((name for _, name in moved if name in taken), None)
+    if clash is not None:
+        raise ModelError(f"a cache would be called '{clash}', as another tensor is; rename that")
+    for value, _ in moved:  # names pass each other, so all are given up first
+        value.name = f"{value.name}_before"
+    for value, name in moved:
+        value.name = name
+    return numbers
+
+
+def _interface(model: Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.outputs]
+
+
+def _depth(model: Model) -> int:
+    return max((len(run) for run in layers(model.graph)), default=0)
+
+
+def _layers_left(original: Model, work: Model) -> list[int]:
+    """A layer is gone when less than half of what its nodes compute is still computed."""
+    there = {value.name for node in work.graph for value in node.outputs}
+    run = max(layers(original.graph), key=len, default=[])
+    left = []
+    for number, block in enumerate(run):
+        names = [value.name for node in block.nodes for value in node.outputs]
+        if 2 * sum(name in there for name in names) >= len(names):
+            left.append(number)
+    return left

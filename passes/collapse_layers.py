@@ -54,6 +54,10 @@ from onnxcollapse.structure.spans import (
 Merge = Literal["fit", "drop", "fold", "rdsc", "last", "mean"]
 Similarity = Callable[[Model], float]
 
+_MERGED = (
+    "; layers in an If (a decoder merged for runs with and without cache) are not entered: export it unmerged"
+)
+
 STRONG_RIDGES = (*RIDGES, 0.3, 1.0)
 """Norms leave few directions without variance: held-out rows like to shrink more than elsewhere."""
 
@@ -181,7 +185,9 @@ class CollapseLayers(Pass):
             return
         found = streams(model.graph)
         if not found:
-            yield Decline("graph", "no run of equal layers adds to a residual stream of one width")
+            inner = any(True for _ in model.graph.subgraphs())
+            why = "no run of equal layers adds to a residual stream of one width"
+            yield Decline("graph", why + _MERGED if inner else why)
         for stream in found:
             yield from self._ends(model, stream)
 

@@ -94,7 +94,8 @@ def compare(
 
     Args:
         a: The reference.
-        b: The candidate. It may lack outputs (KV caches of removed layers) and have inputs less.
+        b: The candidate. It may lack outputs (KV caches of removed layers) and have inputs less; where its caches
+            are other ones, none are compared, for their numbers do not mean the same layers.
         data: Data for `a`.
         metrics: Metric specs (see metric); None for `usual_metrics`.
         part: The part of the data.
@@ -115,6 +116,8 @@ def compare(
     samples = 0
     with open_session(a, provider=provider) as first, open_session(b, provider=provider) as second:
         common = [name for name in first.outputs if name in second.outputs]
+        if _caches(first.outputs) != _caches(second.outputs):  # layers are gone: numbers mean others now
+            common = [name for name in common if not is_cache_name(name)]
         tallies = {name: _Tally(name, [spec for spec in specs if spec in METRICS]) for name in common}
         for batch in data.batches(part):
             reference, outputs = first.run(batch), second.run(batch)
@@ -128,8 +131,8 @@ def compare(
         results = tuple(tally.result() for tally in tallies.values())
         found = Comparison(
             outputs=results,
-            missing=tuple(name for name in first.outputs if name not in common),
-            extra=tuple(name for name in second.outputs if name not in common),
+            missing=tuple(name for name in first.outputs if name not in second.outputs),
+            extra=tuple(name for name in second.outputs if name not in first.outputs),
             overall=_overall(results, specs) | {spec: one.value() for spec, one in whole.items()},
             samples=samples,
             providers=(first.provider, second.provider),
@@ -138,6 +141,10 @@ def compare(
     if CONTINUATION in specs:  # its sessions come after these two, which would lie beside them in memory
         found.overall[CONTINUATION] = Continuations(a, data, part, provider).error(b)
     return found
+
+
+def _caches(names: Sequence[str]) -> set[str]:
+    return {name for name in names if is_cache_name(name)}
 
 
 def usual_metrics(model: Model, data: Dataset, part: DataPart = "all") -> tuple[str, ...]:

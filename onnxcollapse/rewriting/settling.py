@@ -26,9 +26,6 @@ def settle(original: Model, work: Model) -> str | None:
 
     Returns:
         What the user should know; None when all layers are there.
-
-    Raises:
-        ModelError: A layer has a cache input without a cache output, or the other way round.
     """
     numbers = cache_layers(original)
     left = cache_layers(work) if numbers else _layers_left(original, work)
@@ -39,7 +36,10 @@ def settle(original: Model, work: Model) -> str | None:
     note = f"{len(before) - len(left)} of {len(before)} layers are gone; config files in the model's folder follow"
     if not numbers:
         return note
-    renumber(work)
+    try:
+        renumber(work)
+    except ModelError as problem:
+        return f"{note}; caches keep their numbers: {problem}"
     return f"{note}, and caches are numbered anew"
 
 
@@ -63,7 +63,7 @@ def renumber(model: Model) -> dict[int, int]:
         New number by old.
 
     Raises:
-        ModelError: See `settle`.
+        ModelError: A layer has a cache on one side only, or a new name is taken.
     """
     sides = [
         {number for v in values if (number := cache_number(v.name or "")) is not None}

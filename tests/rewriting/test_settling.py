@@ -72,6 +72,7 @@ def test_a_cache_on_one_side_only_is_an_error_by_layer():
     ]
     with pytest.raises(ModelError, match="layer 2 has a cache on one side"):
         renumber(model)
+    assert "caches keep their numbers: layer 2" in settle(decoder((0, 1, 2)), model)
 
 
 def test_settling_says_which_layers_are_left():

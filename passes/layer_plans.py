@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a span of layers goes, and the edits that this takes; `collapse_layers` says which and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.calibration.statistics import Cosine, Cross, Gram, Moments, Ref, Request
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import Model, edit, weights
+from onnxcollapse.structure import Linear, build_linear, folded, operator_of
+
+Merge = Literal["fit", "drop", "fold", "rdsc", "last", "mean"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one span goes, by names, which mean the same in every copy of the graph.
+
+    Attributes:
+        merge: How.
+        start: Tensor that the stream is before what is taken away.
+        end: Tensor that the stream is behind it.
+        removed: Tensors that the nodes taken away or changed compute.
+        gone: Those of the nodes taken away.
+        features: Tensor that the fit reads, or None.
+        like: Output of the Linear that the map is spelled like, or that it is folded into; None without a map.
+        axis: Channel axis of the stream.
+        weights: For merges of weights: a list for each weight of the layer that stays, its own name first.
+        fit: Matrices and offset of the map, when fitted.
+    """
+
+    merge: Merge
+    start: str
+    end: str
+    removed: frozenset[str]
+    gone: frozenset[str]
+    features: str | None = None
+    like: str | None = None
+    axis: int = -1
+    weights: tuple[tuple[str, ...], ...] = ()
+    fit: tuple[tuple[ir.TensorProtocol, ...], np.ndarray | None] | None = None
+
+    @property
+    def behind(self) -> Ref:
+        """The stream behind it, as the original has it."""
+        return Ref(self.end, "reference", self.axis)
+
+    @property
+    def alike(self) -> Cosine:
+        """How alike its ends are."""
+        return Cosine(Ref(self.start, axis=self.axis), self.behind)
+
+    @property
+    def gram(self) -> Gram:
+        """Sums of what the fit reads."""
+        return Gram((Ref(self.features or "", axis=self.axis),))
+
+    @property
+    def cross(self) -> Cross:
+        """Its products with what the stream gains."""
+        return Cross(self.gram.features[0], replace(self.behind, minus=self.start))
+
+    def requests(self) -> list[Request]:
+        """The statistics of its fit, or of how alike its ends are."""
+        return [self.alike] if self.features is None else [self.gram, self.cross, Moments(self.behind)]
+
+
+def merge_weights(model: Model, plan: Plan, group: Sequence[ir.Value]) -> None:
+    """theta* of METHODS 4 for one weight: of the layer that stays first."""
+    arrays = []
+    for value in group:
+        known = folded(value)
+        if known is None:
+            raise ModelError(f"weight '{value.name}' is no constant any more; search the graph again")
+        arrays.append(known.wide())
+    first = arrays[0]
+    if plan.merge == "rdsc":
+        merged = first + sum(array - first for array in arrays[1:])
+    else:
+        merged = arrays[-1] if plan.merge == "last" else sum(arrays) / len(arrays)
+    dtype = group[0].dtype or folded(group[0]).dtype  # type: ignore[union-attr]
+    new = edit.add_initializer(model.graph, f"{group[0].name}_merged", np.asarray(merged), dtype)
+    for node, index in group[0].uses():
+        if any(value.name in plan.removed for value in node.outputs):
+            node.replace_input_with(index, new)
+
+
+def fold_into(model: Model, plan: Plan) -> None:
+    """W_down <- W_down (I + A'), and its bias likewise (arXiv 2505.02819)."""
+    down = operator_of(model.graph, plan.like or "")
+    if not isinstance(down, Linear) or plan.fit is None:
+        raise ModelError(
+            f"the Linear '{plan.like}' that a map is folded into is gone; an earlier rewrite took it"
+        )
+    step = np.eye(down.out_features) + weights.array(plan.fit[0][0])
+    for other in plan.fit[0][1:]:
+        step = np.eye(down.out_features) + (step - np.eye(down.out_features)) @ weights.array(other)
+    offset = None if down.bias is None else down.offset() @ step
+    value = build_linear(model.graph, down.nodes[-1], down, down.input, down.matrix() @ step, offset)
+    edit.substitute(model, down.output, value)
+
+
+def mapped(
+    model: Model, plan: Plan, start: ir.Value, end: ir.Value, values: dict[str | None, ir.Value]
+) -> ir.Value:
+    """The stream plus a map of what the features are: h + x W + b."""
+    like, value, maker = operator_of(model.graph, plan.like or ""), values.get(plan.features), end.producer()
+    if not isinstance(like, Linear) or value is None or plan.fit is None or maker is None:
+        raise ModelError(f"'{plan.features}', which a map reads, is gone; an earlier rewrite took it")
+    matrices, offset = plan.fit
+    for index, matrix in enumerate(matrices):
+        last = index == len(matrices) - 1
+        value = build_linear(model.graph, maker, like, value, weights.array(matrix), offset if last else None)
+    added = edit.like(end)
+    node = ir.Node("", "Add", [start, value], outputs=[added], name=f"{plan.end}_mapped")
+    edit.insert_before(model.graph, maker, node)
+    return added
+
+
+def passed_by(model: Model, start: ir.Value, end: ir.Value) -> ir.Value:
+    """An Identity, so that the point behind keeps a name; the exact stage takes it away in the end."""
+    maker = end.producer()
+    if maker is None:
+        raise ModelError(f"'{end.name}' is no longer computed; an earlier rewrite took it")
+    passed = edit.like(end)
+    edit.insert_before(
+        model.graph, maker, ir.Node("", "Identity", [start], outputs=[passed], name=f"{end.name}_past")
+    )
+    return passed
+
+
+def drop_caches(model: Model, removed: frozenset[str]) -> None:
+    """Takes away the cache outputs of what is gone, and the cache inputs that nothing needs any more."""
+    graph = model.graph
+    before = {v.name for v in graph.inputs if is_cache_name(v.name or "") and v.uses()}
+    graph.outputs[:] = [v for v in graph.outputs if v.name not in removed or not is_cache_name(v.name or "")]
+    edit.prune(model)
+    mine = {v.name for v in graph.inputs if v.name in before and _only_measured(v)}
+    spare = [v for v in graph.inputs if is_cache_name(v.name or "") and v.name not in mine]
+    for value in list(graph.inputs):
+        if value.name in mine and value.uses():
+            other = next((v for v in spare if _same_role(v, value)), None)
+            if other is None:
+                continue
+            for node, index in value.uses():
+                node.replace_input_with(index, other)
+    graph.inputs[:] = [v for v in graph.inputs if v.name not in mine or v.uses()]
+
+
+def _only_measured(value: ir.Value) -> bool:
+    """Whether nothing but the shape of a tensor is read."""
+    return all(node.op_type in ("Shape", "Size") for node in value.consumers())
+
+
+def _same_role(value: ir.Value, other: ir.Value) -> bool:
+    """Whether two cache inputs have the same name but for its number, and the same shape."""
+    names = ["".join(c for c in v.name or "" if not c.isdigit()) for v in (value, other)]
+    return names[0] == names[1] and str(value.shape) == str(other.shape)

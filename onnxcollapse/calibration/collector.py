@@ -156,7 +156,7 @@ class Sweep:
     @functools.cached_property
     def _widths(self) -> Mapping[tuple[str, int], int]:
         """Channels of every tensor, by name and axis; shapes that exporters leave out are inferred for one sample."""
-        graph = concrete(self._model, shapes=self._data.shapes())
+        graph = concrete(self._model, shapes=self._data.shapes(self._model))
         found = {}
         for info in (*graph.input, *graph.output, *graph.value_info):
             dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]

@@ -140,10 +140,15 @@ class Dataset:
         self._select(part, limit)
         return self._selected[part, limit][1]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of one sample's feeds (of one batch where the model fixes its size), by input name."""
+    def shapes(self, model: Model | None = None) -> dict[str, tuple[int, ...]]:
+        """The shapes of one sample's feeds (of one batch where the model fixes its size), by input name.
+
+        Args:
+            model: Leave out inputs that this one does not have: a removed layer has taken its caches along.
+        """
         first = self._join([self._slice(self._units[0])])
-        return {name: array.shape for name, array in first.items()}
+        known = None if model is None else {value.name for value in model.graph.inputs}
+        return {name: array.shape for name, array in first.items() if known is None or name in known}
 
     def _check_all(self) -> list[Layout]:
         if not self._chunks:

@@ -266,7 +266,7 @@ def _power_law(x: float, known_x: np.ndarray, known_y: np.ndarray) -> float:
 
 def _shapes(model: Model, data: Dataset) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors for one sample."""
-    graph = concrete(model, shapes=data.shapes())
+    graph = concrete(model, shapes=data.shapes(model))
     return {
         info.name: tuple(max(dim.dim_value, 1) for dim in info.type.tensor_type.shape.dim)
         for info in (*graph.input, *graph.output, *graph.value_info)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from onnxcollapse.passes.collapse_layers import CollapseLayers, Plan
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
+from onnxcollapse.passes.refit import Refit
 
 from onnxcollapse import Budget, Decline, Target, open_data, optimize
 from onnxcollapse.calibration import collect
@@ -353,3 +354,18 @@ def test_a_fitter_needs_no_more_than_one_maps_sums():
     offer = offers(model, data_for(model, x), item)["s2", "fit 2"]
     site = item.site(model, "s2")
     assert len(item.requests_again(site, offer)) == 3
+
+
+def test_caches_that_are_gone_stop_neither_repairs_nor_later_rounds(caplog):
+    model = decoder((0, 1, 2, 3, 4, 5))
+    ids = windows(40)
+    data = open_data({"input_ids": ids, "position_ids": np.tile(np.arange(16), (40, 1))}, model)
+    budget = Budget(None, "kl", Target("params", 0.6))
+    passes = [CollapseLayers(longest=2, parts=False), Refit(least=0.0)]
+    with caplog.at_level("WARNING"):
+        result = optimize(model, data, budget=budget, passes=passes, provider="cpu")
+    assert result.met
+    assert (
+        len({entry.site for entry in result.journal.of("kept") if entry.pass_name.startswith("collapse")}) > 1
+    )
+    assert not [record for record in caplog.records if "nothing is repaired" in record.message]

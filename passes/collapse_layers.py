@@ -32,7 +32,7 @@ from onnxcollapse.passes.layer_plans import (
     fold_into,
     mapped,
     merge_weights,
-    passed_by,
+    pass_by,
 )
 
 from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, ridge_fit
@@ -50,8 +50,8 @@ from onnxcollapse.structure.spans import (
     Span,
     Stream,
     first_projection,
-    fused_end,
     last_addition,
+    skip_norm,
     streams,
 )
 
@@ -190,10 +190,8 @@ class CollapseLayers(Pass):
         if plan.merge == "fold":
             fold_into(model, plan)
             start = next(v for node in model.graph for v in node.outputs if v.name == plan.start)
-        instead = (
-            mapped(model, plan, start, end, values) if plan.merge == "fit" else passed_by(model, start, end)
-        )
-        edit.substitute(model, end, instead)
+        gain = mapped(model, plan, end, values) if plan.merge == "fit" else None
+        pass_by(model, start, end, gain)
         drop_caches(model, plan.gone)
 
     def plan(self, model: Model, similarity: Similarity) -> list[Proposal] | None:
@@ -262,9 +260,11 @@ class CollapseLayers(Pass):
         """How a span goes, or why it cannot."""
         if self.merge in ("rdsc", "last", "mean"):
             return self._merged_weights(span, stream)
-        fused = fused_end(span)
-        if fused is not None:
-            return f"the stream is a sum inside {fused}; export without fusing it, or fuse after this"
+        fused = skip_norm(span.end)
+        if fused is not None and self.merge != "fit" and skip_norm(span.start) is None:
+            return (
+                f"its end is a sum inside {fused.op_type}, its start is none that could be summed there again"
+            )
         plan = Plan(self.merge, span.start.name or "", span.end.name or "", span.tensors, span.tensors)
         if self.merge == "drop":
             return plan

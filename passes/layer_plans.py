@@ -15,6 +15,7 @@ from onnxcollapse.calibration.statistics import Cosine, Cross, Gram, Moments, Re
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, weights
 from onnxcollapse.structure import Linear, build_linear, folded, operator_of
+from onnxcollapse.structure.spans import norm_operands, skip_norm
 
 Merge = Literal["fit", "drop", "fold", "rdsc", "last", "mean"]
 
@@ -107,10 +108,8 @@ def fold_into(model: Model, plan: Plan) -> None:
     edit.substitute(model, down.output, value)
 
 
-def mapped(
-    model: Model, plan: Plan, start: ir.Value, end: ir.Value, values: dict[str | None, ir.Value]
-) -> ir.Value:
-    """The stream plus a map of what the features are: h + x W + b."""
+def mapped(model: Model, plan: Plan, end: ir.Value, values: dict[str | None, ir.Value]) -> ir.Value:
+    """The map of what the features are, x W + b, right before what makes `end`."""
     like, value, maker = operator_of(model.graph, plan.like or ""), values.get(plan.features), end.producer()
     if not isinstance(like, Linear) or value is None or plan.fit is None or maker is None:
         raise ModelError(f"'{plan.features}', which a map reads, is gone; an earlier rewrite took it")
@@ -118,22 +117,47 @@ def mapped(
     for index, matrix in enumerate(matrices):
         last = index == len(matrices) - 1
         value = build_linear(model.graph, maker, like, value, weights.array(matrix), offset if last else None)
-    added = edit.like(end)
-    node = ir.Node("", "Add", [start, value], outputs=[added], name=f"{plan.end}_mapped")
-    edit.insert_before(model.graph, maker, node)
-    return added
+    return value
 
 
-def passed_by(model: Model, start: ir.Value, end: ir.Value) -> ir.Value:
-    """An Identity, so that the point behind keeps a name; the exact stage takes it away in the end."""
+def pass_by(model: Model, start: ir.Value, end: ir.Value, gain: ir.Value | None) -> None:
+    """Lets the stream at `end` be that at `start`, plus a gain where there is one; `end` keeps its name.
+
+    Without a gain that is an Identity, which the exact stage takes away in the end. A skip norm that makes `end` goes
+    on doing so from other summands.
+    """
     maker = end.producer()
     if maker is None:
         raise ModelError(f"'{end.name}' is no longer computed; an earlier rewrite took it")
-    passed = edit.like(end)
-    edit.insert_before(
-        model.graph, maker, ir.Node("", "Identity", [start], outputs=[passed], name=f"{end.name}_past")
-    )
-    return passed
+    fused = skip_norm(end)
+    if fused is not None:
+        _sum_in(fused, start, gain)
+        return
+    kind, operands = ("Identity", [start]) if gain is None else ("Add", [start, gain])
+    value = edit.like(end)
+    node = ir.Node("", kind, operands, outputs=[value], name=f"{end.name}_{kind}")
+    edit.insert_before(model.graph, maker, node)
+    edit.substitute(model, end, value)
+
+
+def _sum_in(fused: ir.Node, start: ir.Value, gain: ir.Value | None) -> None:
+    """Gives a skip norm other summands: the stream and a gain, or what the stream was summed of."""
+    bias = norm_operands(fused)  # the place behind data, skip and the norm's own operands
+    before = skip_norm(start)
+    if gain is not None:
+        summands: list[ir.Value | None] = [start, gain, None]
+    elif before is not None:
+        at = norm_operands(before)
+        summands = [*before.inputs[:2], before.inputs[at] if len(before.inputs) > at else None]
+    else:
+        raise ModelError(f"'{start.name}' is no sum that {fused.op_type} could form again; leave that layer")
+    fused.replace_input_with(0, summands[0])
+    fused.replace_input_with(1, summands[1])
+    if len(fused.inputs) > bias:
+        fused.replace_input_with(bias, summands[2])
+    elif summands[2] is not None:
+        fused.resize_inputs(bias + 1)
+        fused.replace_input_with(bias, summands[2])
 
 
 def drop_caches(model: Model, removed: frozenset[str]) -> None:

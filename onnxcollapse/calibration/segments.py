@@ -66,12 +66,13 @@ def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
         points: Names of tensors; those that the graph does not have are passed over.
     """
     level = _levels(graph, points)
-    last = max(level.values(), default=0)
+    places = {node: place for node in graph if (place := _place(node, level)) is not None}
+    last = max(places.values(), default=0)  # nothing may lie behind the last point
     made: list[list[ir.Value]] = [[] for _ in range(last + 1)]
     read: list[dict[ir.Value, None]] = [{} for _ in range(last + 1)]
     home: dict[ir.Value, int] = {}
     for node in graph:
-        place = _place(node, level)
+        place = places.get(node)
         if place is None:
             continue
         for value in _operands(node):
@@ -91,7 +92,7 @@ def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
             reads=tuple(v.name or "" for v in read[place] if v in wanted[place] and not v.is_graph_input()),
             gives=tuple(v.name or "" for v in made[place] if v in carried),
             outputs=tuple(v.name or "" for v in graph.outputs if home.get(v, 0) == place),
-            makes=frozenset(v.name or "" for v in made[place]),
+            makes=frozenset(v.name for v in made[place] if v.name),
         )
         for place in range(last + 1)
     ]

@@ -50,7 +50,7 @@ class Place:
 
 
 def _names(node: ir.Node) -> list[str]:
-    return [value.name or "" for value in node.outputs]
+    return [value.name for value in node.outputs if value.name]
 
 
 def apply(model: Model, maker: Pass, proposal: Proposal) -> None:

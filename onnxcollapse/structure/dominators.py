@@ -165,6 +165,11 @@ def _has_sum(node: ir.Node) -> bool:
     return known and len(node.outputs) > _STREAM and node.outputs[_STREAM].name != ""
 
 
+def sum_inside(node: ir.Node) -> ir.Value | None:
+    """The output of a skip norm that is the sum before the norm; None where it yields none."""
+    return node.outputs[_STREAM] if _has_sum(node) else None
+
+
 def _sum_first(node: ir.Node) -> list[ir.Value]:
     """The node's outputs, the sum of a skip norm before what is computed from it."""
     outputs = [value for value in node.outputs if value.name != ""]

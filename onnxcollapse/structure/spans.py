@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcollapse.structure.blocks import Block, joined, pieces_of_layers
 from onnxcollapse.structure.channels import element_type
 from onnxcollapse.structure.constants import folded, is_op
-from onnxcollapse.structure.dominators import captured
+from onnxcollapse.structure.dominators import captured, sum_inside
 from onnxcollapse.structure.linear import Linear, linear_at
 
 _NORM_OPS = (
@@ -50,7 +50,7 @@ class Span:
     @property
     def tensors(self) -> frozenset[str]:
         """Names of what its nodes compute."""
-        return frozenset(value.name or "" for node in self.nodes for value in node.outputs)
+        return frozenset(value.name for node in self.nodes for value in node.outputs if value.name)
 
     @property
     def name(self) -> str:
@@ -101,10 +101,15 @@ def first_projection(span: Span) -> Linear | None:
     return None
 
 
-def fused_end(span: Span) -> str | None:
-    """Name of the fused operator that hides a span's start or end from being replaced, or None."""
-    node = span.end.producer()
-    return node.op_type if node is not None and "Skip" in str(node.op_type) else None
+def skip_norm(value: ir.Value) -> ir.Node | None:
+    """The fused operator that yields `value` as the sum inside it, beside the norm of that sum; None for others."""
+    node = value.producer()
+    return node if node is not None and value is sum_inside(node) else None
+
+
+def norm_operands(node: ir.Node) -> int:
+    """The place of a skip norm's bias: behind data, skip and the operands of its norm."""
+    return 2 + (1 if "Simplified" in node.op_type else 2)
 
 
 def last_addition(value: ir.Value) -> Linear | None:
@@ -139,7 +144,7 @@ def _keeps_kind(layers: Sequence[Block]) -> bool:
 
 def _is_norm_of(value: ir.Value, start: ir.Value, inside: set[ir.Node]) -> bool:
     """Whether `value` is `start`, or computed from it channel by channel and by sums over channels alone."""
-    beside = start.producer()  # a fused operator yields the stream and its norm at once
+    beside = start.producer()  # a skip norm yields the stream and its norm at once
     stack, seen = [value], {start}
     while stack:
         current = stack.pop()
@@ -147,7 +152,9 @@ def _is_norm_of(value: ir.Value, start: ir.Value, inside: set[ir.Node]) -> bool:
             continue
         seen.add(current)
         node = current.producer()
-        if node is None or not _operands_fit(node) or (node not in inside and node is not beside):
+        if node is not None and node is beside and start is sum_inside(node):
+            continue
+        if node is None or node not in inside or not _operands_fit(node):
             return False
         stack += [v for v in node.inputs if v is not None and folded(v) is None]
     return True

@@ -44,7 +44,7 @@ from onnxcollapse.calibration.statistics import (
 )
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, scratch
-from onnxcollapse.rewriting import Decline, Pass, Proposal
+from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 from onnxcollapse.structure import Block, Linear, feedforwards, linear_at
 from onnxcollapse.structure.spans import (
     Span,
@@ -265,7 +265,14 @@ class CollapseLayers(Pass):
             return (
                 f"its end is a sum inside {fused.op_type}, its start is none that could be summed there again"
             )
-        plan = Plan(self.merge, span.start.name or "", span.end.name or "", span.tensors, span.tensors)
+        plan = Plan(
+            self.merge,
+            span.start.name or "",
+            span.end.name or "",
+            span.tensors,
+            span.tensors,
+            params=span.params,
+        )
         if self.merge == "drop":
             return plan
         if self.merge == "fold":
@@ -294,7 +301,7 @@ class CollapseLayers(Pass):
             return "its layers share their weights: there is nothing to merge"
         removed = Span(tuple(whole), len(span.blocks)).tensors
         ends = span.start.name or "", span.end.name or ""
-        return Plan(self.merge, *ends, removed, span.tensors, weights=names)
+        return Plan(self.merge, *ends, removed, span.tensors, weights=names, params=span.params)
 
     def _merging(self, stream: Stream, place: int, rest: int) -> Proposal:
         """Merges `rest` layers into the one at `place`."""
@@ -318,7 +325,9 @@ class CollapseLayers(Pass):
         elif self.search == "random":
             digest = hashlib.blake2b(f"{self.seed} {site}".encode(), digest_size=4).digest()
             cost = 1.0 + int.from_bytes(digest, "big") / 2**32
-        return Proposal(site, variant, detail, error, payload=plan, tensors=plan.removed, cost=cost)
+        maps = () if plan.fit is None or plan.merge == "fold" else (*plan.fit[0], plan.fit[1])
+        saving = Saving(params=plan.params - sum(0 if part is None else part.size for part in maps))
+        return Proposal(site, variant, detail, error, saving, plan, plan.removed, cost)
 
     def _fitted(self, site: str, variant: str, plan: Plan, statistics: Statistics) -> Proposal:
         """Fits h' - h ~ x W + b on sums: x the features of `fit`, or what the layer before adds, for `fold`."""

@@ -34,6 +34,7 @@ class Plan:
         like: Output of the Linear that the map is spelled like, or that it is folded into; None without a map.
         axis: Channel axis of the stream.
         weights: For merges of weights: a list for each weight of the layer that stays, its own name first.
+        params: Parameters of what is taken away.
         fit: Matrices and offset of the map, when fitted.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     like: str | None = None
     axis: int = -1
     weights: tuple[tuple[str, ...], ...] = ()
+    params: int = 0
     fit: tuple[tuple[ir.TensorProtocol, ...], np.ndarray | None] | None = None
 
     @property

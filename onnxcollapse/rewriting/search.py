@@ -276,5 +276,6 @@ def marginal(
 
 def _overlap(chosen: Sequence[Candidate]) -> bool:
     """Whether some share a weight: what one yields is what makes the channels of another."""
-    made = {name for item in chosen for name in item.tensors}
-    return any(item.proposal.site in made for item in chosen)
+    return any(
+        item.proposal.site in other.tensors for item in chosen for other in chosen if other is not item
+    )

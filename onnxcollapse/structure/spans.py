@@ -53,6 +53,11 @@ class Span:
         return frozenset(value.name for node in self.nodes for value in node.outputs if value.name)
 
     @property
+    def params(self) -> int:
+        """Elements of its weights; those of several blocks count for each."""
+        return sum(block.params for block in self.blocks)
+
+    @property
     def name(self) -> str:
         """The tensors it lies between."""
         return f"{self.start.name} .. {self.end.name}"

@@ -468,3 +468,13 @@ def test_layers_that_share_weights_go_where_flops_count():
     )
     assert result.met
     assert result.after.params == result.before.params
+
+
+@pytest.mark.parametrize("merge", ["fit", "drop", "fold", "mean"])
+def test_offers_predict_what_they_save(merge):
+    model, x = stream(6), rows(400, WIDTH)
+    item = CollapseLayers(merge=merge)
+    for offer in offers(model, data_for(model, x), item).values():
+        saved = size(model).params - size(without(model, item, offer)).params
+        norms = 2 * WIDTH  # shared by all layers, so they stay
+        assert 0 <= offer.saving.params - saved <= 4 * norms

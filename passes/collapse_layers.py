@@ -337,7 +337,7 @@ class CollapseLayers(Pass):
             for of in (statistics.fit, statistics.heldout)
         ]
         if plan.merge == "fold":  # as published: no offset
-            parts = [_through_origin(part) for part in parts]
+            parts = [part.through_origin() for part in parts]
         found = ridge_fit(parts[0], parts[1], 1, 2, STRONG_RIDGES, self.rank)
         whole = float(np.sum(statistics.heldout(Moments(plan.behind)).power))
         gap = parts[1].power(2)
@@ -354,12 +354,6 @@ def _held(found: LinearFit) -> tuple[tuple[ir.TensorProtocol, ...], np.ndarray]:
     matrices = found.factors() if found.rank is not None else (found.matrix,)
     kept = (scratch.hold(np.array(m, np.float64, order="C"), ir.DataType.DOUBLE, "map") for m in matrices)
     return tuple(kept), found.offset
-
-
-def _through_origin(gram: GramMatrix) -> GramMatrix:
-    matrix = gram.matrix.copy()
-    matrix[0, 1:] = matrix[1:, 0] = 0.0
-    return replace(gram, matrix=matrix)
 
 
 def _longest(model: Model) -> Stream | None:

@@ -12,13 +12,13 @@ that adds to no stream, in a chain, is fitted to its own original output. Nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, relative_error, ridge_fit
-from onnxcollapse.calibration.statistics import Gram, GramMatrix, Ref, Request, Statistics
+from onnxcollapse.calibration.statistics import Gram, Ref, Request, Statistics
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting import Decline, Pass, Proposal
 from onnxcollapse.structure import Linear, build_linear, hidden_layers, is_op, linears, operator_of
@@ -101,7 +101,7 @@ class Refit(Pass):
         if site.stream is not None:
             fit, heldout = fit.difference(1, 2), heldout.difference(1, 2)
         if site.linear.bias is None:
-            fit, heldout = _through_origin(fit), _through_origin(heldout)
+            fit, heldout = fit.through_origin(), heldout.through_origin()
         matrix, offset = site.linear.matrix(), site.linear.offset()
         before = relative_error(heldout, 1, 2, matrix, offset)
         found = ridge_fit(fit, heldout, 1, 2, RIDGES, prior=matrix)
@@ -118,13 +118,6 @@ class Refit(Pass):
         offset = found.offset if linear.bias is not None else None
         value = build_linear(model.graph, linear.nodes[-1], linear, linear.input, found.matrix, offset)
         edit.substitute(model, linear.output, value)
-
-
-def _through_origin(gram: GramMatrix) -> GramMatrix:
-    """Sums as if every tensor had mean 0, so that a fit to them has no bias: there is none to put it in."""
-    matrix = gram.matrix.copy()
-    matrix[0, 1:] = matrix[1:, 0] = 0.0
-    return replace(gram, matrix=matrix)
 
 
 def _gram(site: Projection) -> Gram:

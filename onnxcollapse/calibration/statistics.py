@@ -246,6 +246,12 @@ class GramMatrix:
             matrix[np.ix_(left, left)],
         )
 
+    def through_origin(self) -> GramMatrix:
+        """The sums as if every tensor had mean 0, so that a fit to them has no offset: there is none to put it in."""
+        matrix = self.matrix.copy()
+        matrix[0, 1:] = matrix[1:, 0] = 0.0
+        return replace(self, matrix=matrix)
+
     def _span(self, selector: str | int | Ref) -> tuple[int, int]:
         if selector == "one":
             return 0, 1

@@ -22,7 +22,6 @@ alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -32,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier_ablation, frontier_table, machine, rivals
+from benchmarks import frontier_ablation, frontier_table, machine, rivals, rows
 from onnxcollapse.model import Model, size
 
 Row = dict[str, Any]
@@ -204,7 +203,7 @@ class Bench:
         self.setting, self.folder = SETTINGS[name], output / name
         self._path = path
         recipe = f"models.{self.setting.recipe}"
-        self._run("-m", recipe, "-o", str(self.folder), *self.setting.options)
+        rows.run("-m", recipe, "-o", str(self.folder), *self.setting.options, path=path)
         self.model = Model.load(self.folder / "model.onnx")
         self.params = size(self.model).params
         self.ffn = frontier_ablation.ffn_params(self.model) if self.setting.ffn else self.params
@@ -256,7 +255,7 @@ class Bench:
                    "--allow-partial", *(part for spec in specs for part in ("--pass", spec))]  # fmt: skip
         wanted = job.share if method.measure == "flops" else share
         command += ["--budget", "1e9"] if wanted is None else ["--target", f"{method.measure}={wanted:.6f}"]
-        return of_summary(json.loads(self._run(*command, accepted=(0, 1))))
+        return of_summary(json.loads(rows.run(*command, accepted=(0, 1), path=self._path)))
 
     def _rival(self, method: Method, job: Job, share: float | None, target: Path) -> Row:
         samples = (self.setting.samples or {}).get(method.rival)
@@ -277,22 +276,10 @@ class Bench:
         }
 
     def _quality(self, model: Path) -> Row:
-        line = self._run(
-            "-m", f"models.{self.setting.recipe}", "-o", str(self.folder), "--measure", str(model)
-        )
+        recipe = f"models.{self.setting.recipe}"
+        line = rows.run("-m", recipe, "-o", str(self.folder), "--measure", str(model), path=self._path)
         found = json.loads(line)
         return {"measure": found["measure"], "quality": round(found["value"], 5)}
-
-    def _run(self, *arguments: str, accepted: Sequence[int] = (0,)) -> str:
-        surroundings = {**os.environ, "PYTHONPATH": self._path}
-        done = subprocess.run(
-            [sys.executable, *arguments], check=False, capture_output=True, text=True, env=surroundings
-        )
-        if done.returncode not in accepted or (not done.stdout and accepted != (0,)):
-            raise ValueError(
-                f"{' '.join(arguments[:3])} ended with {done.returncode}: {done.stderr.strip()[-250:]}"
-            )
-        return done.stdout
 
 
 def _threads() -> int:
@@ -343,22 +330,13 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 def results() -> list[Row]:
     """The rows written so far."""
-    path = machine.RESULTS / "frontier.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return machine.read("frontier")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for models")
-    parser.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=[], metavar="METHOD")
+    parser = rows.parser(__doc__, list(SETTINGS), list(METHODS))
     parser.add_argument("--shares", nargs="+", type=float, default=[])
-    parser.add_argument(
-        "--missing", action="store_true", help="leave out rows that have been written already"
-    )
     parser.add_argument("--table", action="store_true", help="only print what has been written")
     args = parser.parse_args(arguments)
     if args.table:

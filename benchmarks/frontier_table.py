@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.rows import aligned
+
 Row = dict[str, Any]
 
 HEAD = (
@@ -32,11 +34,7 @@ def text(rows: Sequence[Row]) -> str:
         here = [row for row in rows if row["model"] == model]
         original = next((row["quality"] for row in here if row["method"] == "original"), None)
         measure = next((row["measure"] for row in here if "measure" in row), "quality")
-        lines = [HEAD, *(_cells(row, original) for row in here)]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(HEAD))]
-        body = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
+        body = aligned([HEAD, *(_cells(row, original) for row in here)])
         parts.append("\n".join([f"{model} ({measure})", *body, *predictions(here), ""]))
     return "\n".join(parts)
 

@@ -17,12 +17,10 @@ is the tool's own wall time, `load` the machine's load average when it began.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.rows import aligned, run
+from benchmarks.rows import parser as parser_of
 from onnxcollapse import Budget, Target, optimize
 from onnxcollapse.bench import StretchTimer
 from onnxcollapse.calibration import open_data
 from onnxcollapse.errors import OnnxCollapseError
 from onnxcollapse.model import Model, size
-from onnxcollapse.rewriting import registry
+from onnxcollapse.rewriting import Pass, registry
 from onnxcollapse.rewriting.frontier import frontier
 from onnxcollapse.rewriting.pipeline import Result
 from onnxcollapse.structure.spans import streams
@@ -118,11 +118,11 @@ class Bench:
 
     def __init__(self, name: str, output: Path) -> None:
         self.setting, self.folder = SETTINGS[name], output / name
-        _run("-m", f"models.{self.setting.recipe}", "-o", str(self.folder), *self.setting.options)
+        run("-m", f"models.{self.setting.recipe}", "-o", str(self.folder), *self.setting.options)
         self.original = Model.load(self.folder / "model.onnx")
         self.kjv = output / "smollm2-kjv"
         if self.setting.language and shutil.which("bible"):
-            _run("-m", "models.smollm2", "-o", str(self.kjv), "--text", "kjv")
+            run("-m", "models.smollm2", "-o", str(self.kjv), "--text", "kjv")
         stream = max(streams(self.original.graph), key=lambda found: len(found.layers))
         self.layer = stream.layers[0].params
         self.map = (stream.layers[0].start.shape or [0])[-1]
@@ -152,16 +152,13 @@ class Bench:
         """A result for each job of one method."""
         data = open_data(str(self.folder / "calib.npz"), self.original)
         metric = self.setting.metric
-        for job in jobs[: 1 if jobs[0].layers else None]:
-            specs = [spec.format(threshold=job.threshold) for spec in METHODS[job.method]]
-            passes = registry.chosen(["cleanup", *specs])
-            if job.layers is None:
+        if jobs[0].layers is None:
+            for job in jobs:
+                passes = _passes(job)
                 yield optimize(self.original, data, budget=Budget(1e9, metric), passes=passes, provider="cpu")
-            else:
-                targets = [Target("params", self._share(one)) for one in jobs]
-                yield from frontier(
-                    self.original, data, targets, metric=metric, passes=passes, provider="cpu"
-                )
+            return
+        targets, passes = [Target("params", self._share(job)) for job in jobs], _passes(jobs[0])
+        yield from frontier(self.original, data, targets, metric=metric, passes=passes, provider="cpu")
 
     def _share(self, job: Job) -> float:
         """What is left of the parameters when so many layers are gone, with a map in the place of each if need be."""
@@ -187,6 +184,12 @@ class Bench:
         return found | {"latency": round(after / before, 4)}
 
 
+def _passes(job: Job) -> list[Pass]:
+    return registry.chosen(
+        ["cleanup", *(spec.format(threshold=job.threshold) for spec in METHODS[job.method])]
+    )
+
+
 def _facts(result: Result) -> Row:
     """What a row keeps of a result."""
     kept = [entry for entry in result.journal.of("kept") if entry.pass_name.startswith("collapse-layers")]
@@ -203,22 +206,12 @@ def _facts(result: Result) -> Row:
 
 
 def _measured(recipe: str, folder: Path, model: Path) -> float:
-    return round(json.loads(_run("-m", recipe, "-o", str(folder), "--measure", str(model)))["value"], 5)
-
-
-def _run(*arguments: str, accepted: Sequence[int] = (0,)) -> str:
-    done = subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True)
-    if done.returncode not in accepted or (not done.stdout and accepted != (0,)):
-        raise ValueError(
-            f"{' '.join(arguments[:3])} ended with {done.returncode}: {done.stderr.strip()[-250:]}"
-        )
-    return done.stdout
+    return round(json.loads(run("-m", recipe, "-o", str(folder), "--measure", str(model)))["value"], 5)
 
 
 def results() -> list[Row]:
     """The rows written so far."""
-    path = machine.RESULTS / "layers.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return machine.read("layers")
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -240,31 +233,15 @@ def table(rows: Sequence[Row]) -> str:
     for model in SETTINGS:
         mine = [row for row in rows if row["model"] == model]
         if mine:
-            shown = [
-                names,
-                *(tuple("" if row.get(n) is None else str(row[n]) for n in names) for row in mine),
-            ]
-            widths = [max(len(line[i]) for line in shown) for i in range(len(names))]
-            lines += [
-                model,
-                *("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in shown),
-                "",
-            ]
+            cells = (tuple("" if row.get(name) is None else str(row[name]) for name in names) for row in mine)
+            lines += [model, *aligned([names, *cells]), ""]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for models")
-    parser.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=[], metavar="METHOD")
+    parser = parser_of(__doc__, list(SETTINGS), list(METHODS))
     parser.add_argument("--layers", nargs="+", type=int, default=[])
-    parser.add_argument(
-        "--missing", action="store_true", help="leave out rows that have been written already"
-    )
     args = parser.parse_args(arguments)
     for name in args.models:
         bench = Bench(name, args.output)

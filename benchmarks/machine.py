@@ -44,6 +44,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of ``benchmarks/results/NAME.json``; none where it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def write(name: str, rows: list[dict[str, Any]]) -> Path:
     """Writes rows with the machine to ``benchmarks/results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)

@@ -36,12 +36,8 @@ from onnxcollapse.passes.layer_plans import (
 )
 
 from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, ridge_fit
-from onnxcollapse.calibration.statistics import (
-    GramMatrix,
-    Moments,
-    Request,
-    Statistics,
-)
+from onnxcollapse.calibration.sessions import main_values
+from onnxcollapse.calibration.statistics import GramMatrix, Moments, Request, Statistics
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, scratch
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
@@ -62,7 +58,7 @@ _MERGED = (
 )
 
 STRONG_RIDGES = (*RIDGES, 0.3, 1.0)
-"""Norms leave few directions without variance: held-out rows like to shrink more than elsewhere."""
+"""A decade more than elsewhere; the held-out rows choose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +139,7 @@ class CollapseLayers(Pass):
 
     def site(self, model: Model, name: str) -> StreamEnd | None:
         """Finds a point by name; a proposal knows the rest."""
-        value = next((v for node in model.graph for v in node.outputs if v.name == name), None)
+        value = main_values(model.graph).get(name)
         node = None if value is None else value.producer()
         return None if value is None or node is None else StreamEnd(value, (), (node,))
 
@@ -179,8 +175,7 @@ class CollapseLayers(Pass):
     def rewrite(self, model: Model, site: StreamEnd, proposal: Proposal) -> None:
         """Lets the stream pass a span by; the point behind it keeps its name."""
         plan: Plan = proposal.payload
-        values = {v.name: v for node in model.graph for v in node.outputs}
-        values |= {v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values())}
+        values = main_values(model.graph)
         for name in (plan.start, plan.end):
             if name not in values:
                 raise ModelError(f"{self.name}: tensor '{name}' is gone; an earlier rewrite consumed it")
@@ -189,7 +184,6 @@ class CollapseLayers(Pass):
             merge_weights(model, plan, [values[name] for name in names])
         if plan.merge == "fold":
             fold_into(model, plan)
-            start = next(v for node in model.graph for v in node.outputs if v.name == plan.start)
         gain = mapped(model, plan, end, values) if plan.merge == "fit" else None
         pass_by(model, start, end, gain)
         drop_caches(model, plan.gone)
@@ -198,12 +192,13 @@ class CollapseLayers(Pass):
         """LaCo's search (arXiv 2402.11187, algorithm 1): from the top down, merge while the final state stays alike.
 
         Args:
-            model: A copy that may be edited.
+            model: Left as it is.
             similarity: Mean cosine of a model's final state with the original's.
         """
         if self.search != "laco":
             return None
         done: list[Proposal] = []
+        model = model.clone()
         stream = _longest(model)
         if stream is None:
             return done
@@ -237,9 +232,9 @@ class CollapseLayers(Pass):
         longest = 1 if self.search in ("greedy", "random") else self.longest
         plans: dict[ir.Value, list[tuple[str, Plan, Span]]] = {}
         reasons: dict[str, str] = {}
-        blocks = {node for block in feedforwards(model.graph)[0] for node in block.nodes}
         spans = stream.spans(longest)
         if self.parts and longest > 1 and self.merge in ("fit", "drop"):
+            blocks = {node for block in feedforwards(model.graph)[0] for node in block.nodes}
             spans += [
                 Span((part,), 0) for parts in stream.parts for part in parts if not blocks & set(part.nodes)
             ]
@@ -316,9 +311,7 @@ class CollapseLayers(Pass):
 
     # Fitting
 
-    def _offer(
-        self, site: str, variant: str, plan: Plan, detail: str, error: float, params: int = 0
-    ) -> Proposal:
+    def _offer(self, site: str, variant: str, plan: Plan, detail: str, error: float) -> Proposal:
         cost = None
         if self.search == "greedy":
             cost = max(error, 0.0)
@@ -326,7 +319,7 @@ class CollapseLayers(Pass):
             digest = hashlib.blake2b(f"{self.seed} {site}".encode(), digest_size=4).digest()
             cost = 1.0 + int.from_bytes(digest, "big") / 2**32
         maps = () if plan.fit is None or plan.merge == "fold" else (*plan.fit[0], plan.fit[1])
-        saving = Saving(params=plan.params - sum(0 if part is None else part.size for part in maps))
+        saving = Saving(params=plan.params - sum(part.size for part in maps))
         return Proposal(site, variant, detail, error, saving, plan, plan.removed, cost)
 
     def _fitted(self, site: str, variant: str, plan: Plan, statistics: Statistics) -> Proposal:

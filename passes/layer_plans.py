@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.calibration.masks import is_cache_name, numbered
 from onnxcollapse.calibration.statistics import Cosine, Cross, Gram, Moments, Ref, Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, weights
 from onnxcollapse.structure import Linear, build_linear, folded, operator_of
-from onnxcollapse.structure.spans import norm_operands, skip_norm
+from onnxcollapse.structure.dominators import skip_bias
+from onnxcollapse.structure.spans import skip_norm
 
 Merge = Literal["fit", "drop", "fold", "rdsc", "last", "mean"]
 
@@ -48,7 +50,7 @@ class Plan:
     axis: int = -1
     weights: tuple[tuple[str, ...], ...] = ()
     params: int = 0
-    fit: tuple[tuple[ir.TensorProtocol, ...], np.ndarray | None] | None = None
+    fit: tuple[tuple[ir.TensorProtocol, ...], np.ndarray] | None = None
 
     @property
     def behind(self) -> Ref:
@@ -102,17 +104,19 @@ def fold_into(model: Model, plan: Plan) -> None:
         raise ModelError(
             f"the Linear '{plan.like}' that a map is folded into is gone; an earlier rewrite took it"
         )
-    step = np.eye(down.out_features) + weights.array(plan.fit[0][0])
-    for other in plan.fit[0][1:]:
-        step = np.eye(down.out_features) + (step - np.eye(down.out_features)) @ weights.array(other)
+    step = np.eye(down.out_features) + functools.reduce(np.matmul, map(weights.array, plan.fit[0]))
     offset = None if down.bias is None else down.offset() @ step
     value = build_linear(model.graph, down.nodes[-1], down, down.input, down.matrix() @ step, offset)
     edit.substitute(model, down.output, value)
 
 
-def mapped(model: Model, plan: Plan, end: ir.Value, values: dict[str | None, ir.Value]) -> ir.Value:
+def mapped(model: Model, plan: Plan, end: ir.Value, values: Mapping[str, ir.Value]) -> ir.Value:
     """The map of what the features are, x W + b, right before what makes `end`."""
-    like, value, maker = operator_of(model.graph, plan.like or ""), values.get(plan.features), end.producer()
+    like, value, maker = (
+        operator_of(model.graph, plan.like or ""),
+        values.get(plan.features or ""),
+        end.producer(),
+    )
     if not isinstance(like, Linear) or value is None or plan.fit is None or maker is None:
         raise ModelError(f"'{plan.features}', which a map reads, is gone; an earlier rewrite took it")
     matrices, offset = plan.fit
@@ -144,12 +148,12 @@ def pass_by(model: Model, start: ir.Value, end: ir.Value, gain: ir.Value | None)
 
 def _sum_in(fused: ir.Node, start: ir.Value, gain: ir.Value | None) -> None:
     """Gives a skip norm other summands: the stream and a gain, or what the stream was summed of."""
-    bias = norm_operands(fused)  # the place behind data, skip and the norm's own operands
+    bias = skip_bias(fused)  # the place behind data, skip and the norm's own operands
     before = skip_norm(start)
     if gain is not None:
         summands: list[ir.Value | None] = [start, gain, None]
     elif before is not None:
-        at = norm_operands(before)
+        at = skip_bias(before)
         summands = [*before.inputs[:2], before.inputs[at] if len(before.inputs) > at else None]
     else:
         raise ModelError(f"'{start.name}' is no sum that {fused.op_type} could form again; leave that layer")
@@ -170,13 +174,10 @@ def drop_caches(model: Model, removed: frozenset[str]) -> None:
     edit.prune(model)
     mine = {v.name for v in graph.inputs if v.name in before and _only_measured(v)}
     spare = [v for v in graph.inputs if is_cache_name(v.name or "") and v.name not in mine]
-    for value in list(graph.inputs):
-        if value.name in mine and value.uses():
-            other = next((v for v in spare if _same_role(v, value)), None)
-            if other is None:
-                continue
-            for node, index in value.uses():
-                node.replace_input_with(index, other)
+    for value in (v for v in graph.inputs if v.name in mine and v.uses()):
+        other = next((v for v in spare if _same_role(v, value)), None)
+        for node, index in value.uses() if other is not None else ():
+            node.replace_input_with(index, other)
     graph.inputs[:] = [v for v in graph.inputs if v.name not in mine or v.uses()]
 
 
@@ -187,5 +188,5 @@ def _only_measured(value: ir.Value) -> bool:
 
 def _same_role(value: ir.Value, other: ir.Value) -> bool:
     """Whether two cache inputs have the same name but for its number, and the same shape."""
-    names = ["".join(c for c in v.name or "" if not c.isdigit()) for v in (value, other)]
-    return names[0] == names[1] and str(value.shape) == str(other.shape)
+    names = {numbered(v.name or "", 0) for v in (value, other)}
+    return len(names) == 1 and str(value.shape) == str(other.shape)

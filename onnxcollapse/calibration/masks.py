@@ -13,9 +13,23 @@ _CACHE = re.compile(
 )
 
 
+_NUMBER = re.compile(r"\d+")
+
+
 def is_cache_name(name: str) -> bool:
     """Whether a graph input or output is named like a KV cache: past_key_values.0.key, present.3.value ..."""
     return _CACHE.search(name) is not None and name != "use_cache_branch" and name != "cache_position"
+
+
+def cache_number(name: str) -> int | None:
+    """The layer that a cache belongs to: 3 for past_key_values.3.key, past_3_key, present.3.value; None for others."""
+    found = _NUMBER.search(name) if is_cache_name(name) else None
+    return None if found is None else int(found[0])
+
+
+def numbered(name: str, number: int) -> str:
+    """A cache's name with the number of another layer."""
+    return _NUMBER.sub(str(number), name, count=1)
 
 
 def row_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray | None:

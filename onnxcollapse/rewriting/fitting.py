@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Place:
         """Finds a site's place in an order of the graph's nodes."""
         return cls(maker, site, tuple((order[node], node) for node in site.nodes if node in order))
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[str, str, frozenset[str]]:
         """Pass, site and nodes: equal while nothing has changed there."""
         return self.maker.describe(), self.site.name, frozenset(node_key(node) for _, node in self.nodes)

@@ -116,7 +116,7 @@ class LossyStage:
     def _follow(self, maker: Pass) -> None:
         """Applies what a pass has found by a search of its own, as much of it as the budget allows."""
         with blamed(maker):
-            planned = maker.plan(self._model.clone(), FinalState(self._model, self._data, self._provider))
+            planned = maker.plan(self._model, FinalState(self._model, self._data, self._provider))
         if planned is None:
             return
         name, count = maker.describe(), len(planned)
@@ -172,7 +172,7 @@ class LossyStage:
         rest = [item for item in priced if not item.maker.on_request]
         self._failure = _Failure()
         told = any(item.proposal.cost is not None for item in rest)
-        metric = "what passes say" if told else self._verifier.pricing_metric
+        metric = None if told else self._verifier.pricing_metric
         search = Search(start, kept, rest, self._budget, self._extents, self._attempted, metric)
         found = search.run(0.0 if told else self._priced_error()) if self._missing() > 0 else None
         if found is not None:

@@ -79,7 +79,7 @@ class Pass(abc.ABC):
         """Searches by itself, as some published methods do, and says what to apply one after the other.
 
         Args:
-            model: A copy of its own.
+            model: Not to be edited; a search works on clones.
             similarity: Runs a model and gives the mean cosine of its final state with the original's.
 
         Returns:

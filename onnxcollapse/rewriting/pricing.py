@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -145,9 +146,9 @@ class Pricer:
 
     def _variant(self, candidate: Candidate) -> Variant:
         def change(scratch: Model) -> tuple[object, str | None]:
-            before, shared = extent(scratch, self._inputs(scratch)), _tensors(scratch)
+            before, shared = extent(scratch, self._shapes), _tensors(scratch)
             apply(scratch, candidate.maker, candidate.proposal)
-            saving = before - extent(scratch, self._inputs(scratch))
+            saving = before - extent(scratch, self._shapes)
             saving = self._without_shared(saving, shared, _tensors(scratch))
             if self._extents.measure == LATENCY:
                 saving = dataclasses.replace(saving, latency=self._faster(candidate))
@@ -173,16 +174,16 @@ class Pricer:
             bytes=saving.bytes - sum(tensor.nbytes for tensor in kept),
         )
 
-    def _inputs(self, scratch: Model) -> dict[str, tuple[int, ...]]:
-        names = [value.name or "" for value in scratch.graph.inputs]
-        return {name: self._shapes[name] for name in names if name in self._shapes}
+    @functools.cached_property
+    def _whole(self) -> Saving:
+        return self._extents.of(self._model)
 
     def _measure_whole(self, candidate: Candidate) -> Price:
         """A candidate that may edit the graph anywhere."""
         trial = self._model.clone()
         try:
             apply(trial, candidate.maker, candidate.proposal)
-            saving = self._extents.saving(self._model, self._extents.of(self._model), trial, candidate)
+            saving = self._extents.saving(self._model, self._whole, trial, candidate)
             error = self._verifier.error(trial)
         except (MetricError, ModelError) as problem:
             return Price(dataclasses.replace(candidate, impact=math.inf), str(problem))
@@ -196,7 +197,7 @@ class Pricer:
             apply(trial, candidate.maker, candidate.proposal)
         except ModelError as problem:
             return Price(dataclasses.replace(candidate, impact=math.inf), str(problem))
-        saving = self._extents.saving(self._model, self._extents.of(self._model), trial, candidate)
+        saving = self._extents.saving(self._model, self._whole, trial, candidate)
         tried = dataclasses.replace(candidate, saving=saving, impact=cost)
         return Price(tried, objection(candidate.maker, saving, self._budget))
 

@@ -62,7 +62,7 @@ class Search:
         budget: What is accepted and wanted.
         extents: Measures what is saved.
         attempt: Builds and measures a selection.
-        pricing_metric: Of the candidates' impacts, by default the budget's.
+        pricing_metric: Of the candidates' impacts; None where passes say what they cost, in units of their own.
     """
 
     def __init__(
@@ -73,14 +73,15 @@ class Search:
         budget: Budget,
         extents: Extents,
         attempt: Attempt,
-        pricing_metric: str | None = None,
+        pricing_metric: str | None,
     ) -> None:
         self._start, self._kept, self._rest = start, kept, rest
         self._budget, self._extents, self._attempt = budget, extents, attempt
         self._sizes: dict[frozenset[Any], float] = {}
         self._already = 0.0
-        self._measure, self._power = extents.measure, additive_power(pricing_metric or budget.metric)
-        self._comparable = pricing_metric in (None, budget.metric)
+        self._measure = extents.measure
+        self._power = 1 if pricing_metric is None else additive_power(pricing_metric)
+        self._comparable = pricing_metric == budget.metric
 
     def run(self, error: float) -> Trial | None:
         """The best trial inside the budget, None where there is none.
@@ -105,7 +106,7 @@ class Search:
         best: Trial | None = None
         low, high, aim, seen = 0.0, math.inf, room, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):
-            chosen = choose(self._rest, self._measure, allowed=aim, power=power, already=self._already)
+            chosen = self._allowed(aim)
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
@@ -160,6 +161,9 @@ class Search:
             aim = math.sqrt(low * high)
         return best
 
+    def _saving(self, ask: float) -> list[Candidate]:
+        return choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
+
     def _allowed(self, aim: float) -> list[Candidate]:
         return choose(self._rest, self._measure, allowed=aim, power=self._power, already=self._already)
 
@@ -168,7 +172,7 @@ class Search:
         best: Trial | None = None
         ask, seen = wanted, set[frozenset[Any]]()
         for _ in range(ATTEMPTS):
-            chosen = choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
+            chosen = self._saving(ask)
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
@@ -190,7 +194,7 @@ class Search:
         low, high, ask = 0.0, math.inf, wanted
         best: list[Candidate] = []
         for _ in range(SIZINGS):
-            chosen = choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
+            chosen = self._saving(ask)
             if not chosen or not _overlap(chosen):
                 return best or chosen
             saved = before - self._size(self._start, [*self._kept, *chosen])

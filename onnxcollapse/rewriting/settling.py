@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.calibration.masks import cache_number, numbered
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model
-from onnxcollapse.structure import layers
-
-_NUMBER = re.compile(r"\d+")
+from onnxcollapse.structure import Block, layers
 
 
 def settle(original: Model, work: Model) -> str | None:
@@ -28,8 +26,11 @@ def settle(original: Model, work: Model) -> str | None:
         What the user should know; None when all layers are there.
     """
     numbers = cache_layers(original)
-    left = cache_layers(work) if numbers else _layers_left(original, work)
-    before = numbers or list(range(_depth(original)))
+    if numbers:
+        before, left = numbers, cache_layers(work)
+    else:
+        run = max(layers(original.graph), key=len, default=[])
+        before, left = list(range(len(run))), _left(run, work)
     if left == before:
         return None
     work.layers_before, work.layers_left = len(before), tuple(before.index(number) for number in left)
@@ -45,15 +46,7 @@ def settle(original: Model, work: Model) -> str | None:
 
 def cache_layers(model: Model) -> list[int]:
     """Numbers of the layers that have a cache among the model's inputs or outputs, in order."""
-    return sorted(
-        {number for value in _interface(model) if (number := cache_number(value.name or "")) is not None}
-    )
-
-
-def cache_number(name: str) -> int | None:
-    """The layer that a cache belongs to: 3 for past_key_values.3.key, past_3_key, present.3.value; None for others."""
-    found = _NUMBER.search(name) if is_cache_name(name) else None
-    return None if found is None else int(found[0])
+    return sorted(_numbers(_interface(model)))
 
 
 def renumber(model: Model) -> dict[int, int]:
@@ -65,18 +58,15 @@ def renumber(model: Model) -> dict[int, int]:
     Raises:
         ModelError: A layer has a cache on one side only, or a new name is taken.
     """
-    sides = [
-        {number for v in values if (number := cache_number(v.name or "")) is not None}
-        for values in (model.graph.inputs, model.graph.outputs)
-    ]
+    sides = [_numbers(values) for values in (model.graph.inputs, model.graph.outputs)]
     odd = sorted(sides[0] ^ sides[1])
     if sides[0] and sides[1] and odd:
         raise ModelError(
             f"layer {odd[0]} has a cache on one side of the model only; it cannot be numbered anew"
         )
-    numbers = {old: new for new, old in enumerate(cache_layers(model))}
+    numbers = {old: new for new, old in enumerate(sorted(sides[0] | sides[1]))}
     moved = [
-        (value, _NUMBER.sub(str(numbers[number]), value.name or "", count=1))
+        (value, numbered(value.name or "", numbers[number]))
         for value in _interface(model)
         if (number := cache_number(value.name or "")) is not None and numbers[number] != number
     ]
@@ -98,14 +88,14 @@ def _interface(model: Model) -> list[ir.Value]:
     return [*model.graph.inputs, *model.graph.outputs]
 
 
-def _depth(model: Model) -> int:
-    return max((len(run) for run in layers(model.graph)), default=0)
+def _numbers(values: Iterable[ir.Value]) -> set[int]:
+    found = (cache_number(value.name or "") for value in values)
+    return {number for number in found if number is not None}
 
 
-def _layers_left(original: Model, work: Model) -> list[int]:
+def _left(run: Sequence[Block], work: Model) -> list[int]:
     """A layer is gone when less than half of what its nodes compute is still computed."""
     there = {value.name for node in work.graph for value in node.outputs}
-    run = max(layers(original.graph), key=len, default=[])
     left = []
     for number, block in enumerate(run):
         names = [value.name for node in block.nodes for value in node.outputs]

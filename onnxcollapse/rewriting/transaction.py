@@ -52,7 +52,7 @@ class Transaction:
 def extent(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Saving:
     """Measures all that can be saved; FLOPs at the given input shapes, with dynamic dimensions 1 otherwise."""
     whole = size(model)
-    if shapes is not None:  # of the user's model: a removed layer has taken its caches along
+    if shapes is not None:  # of more than this model's inputs: a removed layer has taken its caches along
         names = {value.name for value in model.graph.inputs}
         shapes = {name: shape for name, shape in shapes.items() if name in names}
     return Saving(whole.params, whole.bytes, flops(model, shapes=shapes), whole.nodes)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from onnxcollapse.structure.affine import Affine, affine_of, keeps_layout
-from onnxcollapse.structure.blocks import Block, blocks, joined, layers, pieces_of_layers
+from onnxcollapse.structure.blocks import Block, blocks, layers
 from onnxcollapse.structure.building import build_convolution, build_linear
 from onnxcollapse.structure.constants import (
     Folded,
@@ -55,7 +55,6 @@ __all__ = [
     "is_op",
     "is_overridable",
     "is_shared",
-    "joined",
     "keeps_layout",
     "layers",
     "linear_at",
@@ -63,7 +62,6 @@ __all__ = [
     "main_output",
     "narrow",
     "operator_of",
-    "pieces_of_layers",
     "prelu_slope",
     "ranges",
     "readers",

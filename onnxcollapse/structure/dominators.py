@@ -170,6 +170,11 @@ def sum_inside(node: ir.Node) -> ir.Value | None:
     return node.outputs[_STREAM] if _has_sum(node) else None
 
 
+def skip_bias(node: ir.Node) -> int:
+    """The place of a skip norm's bias among its inputs: behind data, skip and the operands of its norm."""
+    return 2 + _NORMS[node.op_type][1]
+
+
 def _sum_first(node: ir.Node) -> list[ir.Value]:
     """The node's outputs, the sum of a skip norm before what is computed from it."""
     outputs = [value for value in node.outputs if value.name != ""]

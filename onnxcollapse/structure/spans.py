@@ -12,6 +12,7 @@ from onnxcollapse.structure.blocks import Block, joined, pieces_of_layers
 from onnxcollapse.structure.channels import element_type
 from onnxcollapse.structure.constants import folded, is_op
 from onnxcollapse.structure.dominators import captured, sum_inside
+from onnxcollapse.structure.hidden import OperatorsByOutput
 from onnxcollapse.structure.linear import Linear, linear_at
 
 _NORM_OPS = (
@@ -112,11 +113,6 @@ def skip_norm(value: ir.Value) -> ir.Node | None:
     return node if node is not None and value is sum_inside(node) else None
 
 
-def norm_operands(node: ir.Node) -> int:
-    """The place of a skip norm's bias: behind data, skip and the operands of its norm."""
-    return 2 + (1 if "Simplified" in node.op_type else 2)
-
-
 def last_addition(value: ir.Value) -> Linear | None:
     """The Linear whose output was added to the stream last, right before `value`."""
     node = value.producer()
@@ -124,18 +120,9 @@ def last_addition(value: ir.Value) -> Linear | None:
         node = node.inputs[0].producer()
     if node is None or not is_op(node, "Add"):
         return None
-    for operand in node.inputs:
-        maker = None if operand is None else operand.producer()
-        if maker is None or operand is None or len(operand.consumers()) != 1:
-            continue
-        for candidate in (
-            maker,
-            *(v.producer() for v in maker.inputs if v is not None and is_op(maker, "Add")),
-        ):
-            linear = None if candidate is None else linear_at(candidate)
-            if isinstance(linear, Linear) and linear.output is operand:
-                return linear
-    return None
+    linears = OperatorsByOutput().linears()
+    alone = [operand for operand in node.inputs if operand is not None and len(operand.consumers()) == 1]
+    return next((linears[operand] for operand in alone if operand in linears), None)
 
 
 def _keeps_kind(layers: Sequence[Block]) -> bool:

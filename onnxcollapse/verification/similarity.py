@@ -19,13 +19,13 @@ class FinalState:
     """Compares final states, what the head of a model reads: the last tensor on the spine as wide as the stream.
 
     Args:
-        reference: The original.
+        reference: The original; not to be edited before the last comparison.
         data: Of which the first samples of the fit part are used.
         provider: See open_session.
     """
 
     def __init__(self, reference: Model, data: Dataset, provider: str = "auto") -> None:
-        self._reference, self._data, self._provider = reference.clone(), data, provider
+        self._reference, self._data, self._provider = reference, data, provider
         self._states: list[np.ndarray] | None = None
         self._name = ""
 

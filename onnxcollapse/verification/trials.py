@@ -114,7 +114,7 @@ class Trials:
 
     def _reach(self, variant: Variant) -> tuple[int, int]:
         """The first and the last segment in which a variant differs."""
-        made = [s.index for s in self._walk.segments if s.makes & variant.tensors]
+        made = [s.index for s in self.segments if not s.makes.isdisjoint(variant.tensors)]
         return (made[0], made[-1]) if made else (0, 0)
 
     def _stretch(self, variant: Variant) -> Segment:
@@ -132,14 +132,15 @@ class Trials:
 
         Whoever iterates gets all `outcomes` when the walk is over.
         """
+        stretches = {key: self._stretch(variant) for key, variant in variants.items()}
         homes = {key: self.place(variant) for key, variant in variants.items()}
         self.outcomes = {key: Outcome() for key in variants}
         kept = Kept()  # variants take turns at each batch of the reference
         self._metrics = {key: metrics.metric(self._verifier.pricing_metric, kept) for key in variants}
         try:
             while not self._walk.done:
-                self._hold(variants, homes)
-                yield from self._segment(self._walk.segment, variants, homes)
+                self._hold(stretches, homes)
+                yield from self._segment(self._walk.segment, variants, stretches, homes)
                 self._walk.move_on()
                 self._forget()
         finally:
@@ -148,13 +149,17 @@ class Trials:
             for tape in self._tapes.values():
                 tape.close()
 
-    def _hold(self, variants: Mapping[str, Variant], homes: Mapping[str, int]) -> None:
+    def _hold(self, stretches: Mapping[str, Segment], homes: Mapping[str, int]) -> None:
         """Keeps the states that variants yet to come begin with."""
-        later = [variants[key] for key, home in homes.items() if home > self._walk.place]
-        self._walk.held = frozenset(name for variant in later for name in self._stretch(variant).reads)
+        later = [stretches[key] for key, home in homes.items() if home > self._walk.place]
+        self._walk.held = frozenset(name for stretch in later for name in stretch.reads)
 
     def _segment(
-        self, segment: Segment, variants: Mapping[str, Variant], homes: Mapping[str, int]
+        self,
+        segment: Segment,
+        variants: Mapping[str, Variant],
+        stretches: Mapping[str, Segment],
+        homes: Mapping[str, int],
     ) -> Iterator[str]:
         last = segment.index == len(self.segments) - 1
         alive = [key for key in self._tapes if self.outcomes[key].problem is None]
@@ -164,7 +169,7 @@ class Trials:
             with self._open(extract(self._model, segment, given, self._types(segment))) as session:
                 self._through(session, segment, given, alive, last=last)
         for key in (key for key, home in homes.items() if home == segment.index):
-            self._own(key, variants[key], last=last)
+            self._own(key, variants[key], stretches[key], last=last)
             yield key
 
     def _through(
@@ -187,9 +192,9 @@ class Trials:
         for key in alive if last else ():
             self._finish(key)
 
-    def _own(self, key: str, variant: Variant, *, last: bool) -> None:
+    def _own(self, key: str, variant: Variant, segment: Segment, *, last: bool) -> None:
         """Runs a variant through what it differs in."""
-        outcome, segment = self.outcomes[key], self._stretch(variant)
+        outcome = self.outcomes[key]
         outputs = [name for name in segment.outputs if name in self._wanted]
         given = list(dict.fromkeys([*segment.gives, *outputs]))
         ends = list(dict.fromkeys([*segment.gives, *segment.outputs]))

@@ -8,9 +8,10 @@ import json
 import pytest
 
 from onnxcollapse import Model
+from onnxcollapse.calibration.masks import cache_number
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import companions
-from onnxcollapse.rewriting.settling import cache_layers, cache_number, renumber, settle
+from onnxcollapse.rewriting.settling import cache_layers, renumber, settle
 from onnxcollapse.structure import layers
 from tests.support import file_bytes, residual
 from tests.verification.decoders import decoder

@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.calibration.accumulators import Accumulator
+from onnxcollapse.calibration.additions import PREFIX
 from onnxcollapse.calibration.data import Dataset
 from onnxcollapse.calibration.masks import batch_rows, row_mask
-from onnxcollapse.calibration.probes import PREFIX, ROWS_INPUT, ProbeSet
+from onnxcollapse.calibration.probes import ROWS_INPUT, ProbeSet
 from onnxcollapse.calibration.segments import Segment
 from onnxcollapse.calibration.sessions import UNREADABLE, main_values
 from onnxcollapse.calibration.statistics import Cross, Gram, Part, Ref, Request, Result, Statistics

@@ -14,27 +14,25 @@ Only standard-domain ops of opset 9 and later are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcollapse.calibration.additions import PREFIX, Additions
 from onnxcollapse.calibration.sessions import State, main_values
 from onnxcollapse.calibration.statistics import Cross, Gram, Moments, Patches, Ref, Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import edit
 from onnxcollapse.model.model import Model
 
-PREFIX = "onnxcollapse_probe"
 ROWS_INPUT = f"{PREFIX}_rows"
-OLDEST_OPSET = 9
 SLICES = 3
 WIDE = 256
 """Tensors with fewer columns are not sliced: small products cost more than they save."""
 
-Attribute = int | float | Sequence[int] | ir.TensorProtocol
 INT64 = ir.DataType.INT64
 
 _BIG = float(np.finfo(np.float32).max)
@@ -55,7 +53,7 @@ class Column:
     total: str
 
 
-class ProbeSet:
+class ProbeSet(Additions):
     """The probes of a clone: which outputs hold which sums."""
 
     def __init__(self, scratch: Model, names: Mapping[Ref, str], *, masked: bool) -> None:
@@ -69,14 +67,11 @@ class ProbeSet:
         Raises:
             ModelError: The model's opset is too old.
         """
-        self._scratch, self._graph = scratch, scratch.graph
-        self._names = names
+        super().__init__(scratch.graph)
+        self._scratch, self._names = scratch, names
         self._values = main_values(scratch.graph)
-        self._opset = _opset(scratch.graph)
         self._masked = masked
         self._rows_input: ir.Value | None = None
-        self._made: dict[object, ir.Value] = {}
-        self._nodes = 0
         self._columns: dict[Ref, Column] = {}
         self._sums: dict[Request, list[str]] = {}
         self.states: dict[str, State] = {}
@@ -394,35 +389,3 @@ class ProbeSet:
         if any(ref.value in main_values(body) for body in self._graph.subgraphs()):
             raise ModelError(f"tensor {ref.value!r} lies in a subgraph (If, Loop, Scan) and cannot be probed")
         raise ModelError(f"tensor {ref.value!r} is not in the model's main graph; request another")
-
-    def _to_float(self, value: ir.Value) -> ir.Value:
-        if value.dtype == ir.DataType.FLOAT:
-            return value
-        return self._op("Cast", [value], to=int(ir.DataType.FLOAT))
-
-    def _constant(self, data: float | Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        def build() -> ir.Value:
-            return edit.add_initializer(self._graph, f"{PREFIX}_constant", np.asarray(data), dtype)
-
-        return self._once(("constant", str(data), str(dtype)), build)
-
-    def _op(self, op_type: str, inputs: Sequence[ir.Value], **attributes: Attribute) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
-        self._nodes += 1
-        node.name = node.outputs[0].name = f"{PREFIX}_{self._nodes}_{op_type}"
-        self._graph.append(node)
-        return node.outputs[0]
-
-    def _once(self, key: object, build: Callable[[], ir.Value]) -> ir.Value:
-        if key not in self._made:
-            self._made[key] = build()
-        return self._made[key]
-
-
-def _opset(graph: ir.Graph) -> int:
-    opset = graph.opset_imports.get("", graph.opset_imports.get("ai.onnx", 0))
-    if opset < OLDEST_OPSET:
-        raise ModelError(
-            f"the model is at opset {opset}, probes need {OLDEST_OPSET}; run onnx.version_converter on it"
-        )
-    return opset

@@ -1,79 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""collapse-layers: fitted maps, published merges and searches, caches that go along, what it leaves alone."""
+"""collapse-layers: fitted maps, published merges and searches, what it leaves alone."""
 
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper
 from onnxcollapse.passes.collapse_layers import CollapseLayers, Plan
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
-from onnxcollapse.passes.refit import Refit
-from onnxcollapse.passes.tie_weights import TieWeights
 
-from onnxcollapse import Budget, Decline, Model, Target, open_data, optimize
-from onnxcollapse.calibration import collect
 from onnxcollapse.errors import ModelError, OptionError
-from onnxcollapse.model import edit, size
+from onnxcollapse.model import size
 from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.registry import parse
 from onnxcollapse.structure.spans import first_projection, streams
-from tests.passes.narrowing import at
-from tests.support import Net, data_for, file_bytes, mlp, outputs, relative, rows
-from tests.verification.decoders import decoder, windows
-
-WIDTH = 16
-
-
-def stream(layers=6, *, linear=(), post=False, weights=None, scale=0.4):
-    """h + FFN(norm(h)), or norm(h + FFN(h)) with `post`; activations have slopes of 1 in the layers in `linear`."""
-    net = Net(1)
-    gamma, beta = (net.const(net.random.normal(1, 0.1, size=WIDTH)) for _ in range(2))
-    h = net.dense("x", WIDTH, WIDTH, name="h0")
-    for layer in range(layers):
-        x = h if post else net.op("LayerNormalization", h, gamma, beta, name=f"n{layer}", axis=-1)
-        up, down = (
-            net.random.normal(size=shape) / shape[0] ** 0.5 * scale**0.5
-            for shape in ((WIDTH, 40), (40, WIDTH))
-        )
-        if weights is not None:
-            up, down = weights[layer]
-        hidden = net.linear(x, up, np.full(40, 0.1), name=f"z{layer}")
-        slopes = [net.const(np.full(40, float(layer in linear)))] if linear else []
-        hidden = net.op("PRelu" if linear else "Tanh", hidden, *slopes, name=f"a{layer}")
-        total = net.op(
-            "Add", h, net.linear(hidden, down, np.full(WIDTH, 0.05), name=f"u{layer}"), name=f"s{layer}"
-        )
-        h = net.op("LayerNormalization", total, gamma, beta, name=f"h{layer + 1}", axis=-1) if post else total
-    net.dense(h, WIDTH, 5, name="y")
-    return net.model({"x": ["n", WIDTH]}, {"y": ["n", 5]})
-
-
-def offers(model, data, item):
-    sites = [site for site in item.sites(model) if not isinstance(site, Decline)]
-    statistics = collect(
-        model, [r for s in sites for r in item.requests(s)], data, provider="cpu", reference=model
-    )
-    return {(o.site, o.variant): o for site in sites for o in item.propose(site, statistics)}
-
-
-def without(model, item, *proposals):
-    copy = model.clone()
-    for proposal in proposals:
-        apply(copy, item, proposal)
-    return copy
-
-
-def shrink(model, x, *passes, target=0.6, budget=None, metric="rel-l2"):
-    return optimize(
-        model,
-        data_for(model, x),
-        budget=Budget(budget, metric, None if target is None else Target("params", target)),
-        passes=passes,
-        provider="cpu",
-    )
-
+from tests.passes.layering import WIDTH, offers, shrink, stream
+from tests.passes.narrowing import at, narrowed
+from tests.support import data_for, file_bytes, mlp, outputs, relative, rows
 
 # Structure
 
@@ -109,7 +51,7 @@ def test_a_fit_has_the_error_at_its_end_that_it_predicts(post):
     held = np.concatenate([batch["x"] for batch in data.batches("heldout")])
     checked = 0
     for (site, variant), offer in offers(model, data, item).items():
-        found = relative(at(without(model, item, offer), site, held), at(model, site, held))
+        found = relative(at(narrowed(model, item, offer), site, held), at(model, site, held))
         assert found == pytest.approx(offer.predicted_error, rel=1e-3), (site, variant)
         checked += 1
     assert checked >= 10
@@ -120,7 +62,7 @@ def test_a_layer_that_is_linear_in_what_it_reads_is_reproduced():
     data, item = data_for(model, x), CollapseLayers(longest=1)
     offer = offers(model, data, item)["s2", "fit 1"]
     assert offer.predicted_error < 2e-4  # a ridge of 1e-4 shrinks the map a little
-    assert relative(outputs(without(model, item, offer), x=x)["y"], outputs(model, x=x)["y"]) < 1e-3
+    assert relative(outputs(narrowed(model, item, offer), x=x)["y"], outputs(model, x=x)["y"]) < 1e-3
 
 
 def test_limited_rank_takes_two_thin_matrices_and_costs_more():
@@ -132,7 +74,7 @@ def test_limited_rank_takes_two_thin_matrices_and_costs_more():
     matrices, _ = b.payload.fit
     assert [tuple(m.shape) for m in matrices] == [(WIDTH, 3), (3, WIDTH)]
     held = np.concatenate([batch["x"] for batch in data.batches("heldout")])
-    assert relative(at(without(model, thin, b), "s2", held), at(model, "s2", held)) == pytest.approx(
+    assert relative(at(narrowed(model, thin, b), "s2", held), at(model, "s2", held)) == pytest.approx(
         b.predicted_error, rel=1e-3
     )
 
@@ -144,7 +86,7 @@ def test_spans_are_fitted_anew_behind_others():
     both = [found["s1", "fit 1"], found["s4", "fit 2"]]
     result = shrink(model, x, CollapseLayers(), target=0.55)
     held = np.concatenate([batch["x"] for batch in data.batches("heldout")])
-    plain = relative(outputs(without(model, item, *both), x=held)["y"], outputs(model, x=held)["y"])
+    plain = relative(outputs(narrowed(model, item, *both), x=held)["y"], outputs(model, x=held)["y"])
     assert result.met and len(result.journal.of("kept")) >= 1
     assert plain > 0
     assert result.error < relative(
@@ -172,7 +114,7 @@ def test_merged_weights_are_those_of_the_formula(merge, formula):
     offer = offers(model, data, item)["s3", f"{merge} 2"]  # layers 2 and 3 go into layer 1
     ups, downs = zip(*weights[1:4], strict=True)
     expected = stream(3, weights=[weights[0], (formula(ups), formula(downs)), weights[4]])
-    merged = without(model, item, offer)
+    merged = narrowed(model, item, offer)
     assert relative(at(merged, "s3", x), at(expected, "s1", x)) < 1e-5
     assert relative(at(merged, "s4", x), at(expected, "s2", x)) < 1e-5
 
@@ -181,7 +123,7 @@ def test_drop_passes_the_stream_by():
     model, x = stream(4), rows(60, WIDTH)
     item = CollapseLayers(merge="drop")
     offer = offers(model, data_for(model, x), item)["s2", "drop 2"]
-    copy = without(model, item, offer)
+    copy = narrowed(model, item, offer)
     np.testing.assert_array_equal(at(copy, "s2", x), at(model, "s0", x))
     assert not any(value.name in ("u1", "z2") for node in copy.graph for value in node.outputs)
 
@@ -191,9 +133,9 @@ def test_fold_changes_the_projection_before_and_adds_no_parameters():
     data, item = data_for(model, x), CollapseLayers(merge="fold", longest=1)
     found = offers(model, data, item)
     offer = found["s2", "fold 1"]
-    copy = without(model, item, offer)
+    copy = narrowed(model, item, offer)
     held = np.concatenate([batch["x"] for batch in data.batches("heldout")])
-    drop = without(
+    drop = narrowed(
         model, CollapseLayers(merge="drop"), offers(model, data, CollapseLayers(merge="drop"))["s2", "drop 1"]
     )
     assert relative(at(copy, "s2", held), at(model, "s2", held)) == pytest.approx(
@@ -281,47 +223,10 @@ def test_pricing_over_several_segments_is_what_the_whole_model_shows():
     found = offers(model, data, item)
     entry = one[0]
     held = np.concatenate([batch["x"] for batch in data.batches("heldout")])
-    trial = without(model, item, found[entry.site, entry.variant])
+    trial = narrowed(model, item, found[entry.site, entry.variant])
     assert relative(outputs(trial, x=held)["y"], outputs(model, x=held)["y"]) == pytest.approx(
         entry.impact, rel=0.35
     )
-
-
-# Caches
-
-
-def test_caches_of_removed_layers_go_and_the_others_are_numbered_anew():
-    model = decoder((0, 1, 2, 3, 4), masked=False)
-    ids = windows(40)
-    data = open_data({"input_ids": ids, "position_ids": np.tile(np.arange(16), (40, 1))}, model)
-    result = optimize(
-        model,
-        data,
-        budget=Budget(None, "kl", Target("params", 0.7)),
-        passes=[CollapseLayers(merge="drop")],
-        provider="cpu",
-    )
-    assert result.met
-    names = [value.name for value in (*result.model.graph.inputs, *result.model.graph.outputs)]
-    layers = len(result.model.layers_left)
-    assert result.model.layers_before == 5
-    assert layers < 5
-    numbers = {int(name.split(".")[1]) for name in names if "." in name}
-    assert numbers == set(range(layers))
-    assert any("layers are gone" in note for note in result.notes)
-
-
-def test_attention_leaves_with_its_cache():
-    model = decoder((0, 1, 2))
-    data = open_data({"input_ids": windows(30), "position_ids": np.tile(np.arange(16), (30, 1))}, model)
-    item = CollapseLayers(merge="drop")
-    found = offers(model, data, item)
-    part = next(offer for (_, variant), offer in found.items() if variant == "drop part")
-    copy = without(model, item, part)
-    before = {v.name for v in (*model.graph.inputs, *model.graph.outputs)}
-    after = {v.name for v in (*copy.graph.inputs, *copy.graph.outputs)}
-    gone = before - after
-    assert len(gone) == 4 and len({name.split(".")[1] for name in gone}) == 1
 
 
 # Options
@@ -359,122 +264,11 @@ def test_a_fitter_needs_no_more_than_one_maps_sums():
     assert len(item.requests_again(site, offer)) == 3
 
 
-def test_caches_that_are_gone_stop_neither_repairs_nor_later_rounds(caplog):
-    model = decoder((0, 1, 2, 3, 4, 5))
-    ids = windows(40)
-    data = open_data({"input_ids": ids, "position_ids": np.tile(np.arange(16), (40, 1))}, model)
-    budget = Budget(None, "kl", Target("params", 0.6))
-    passes = [CollapseLayers(longest=2, parts=False), Refit(least=0.0)]
-    with caplog.at_level("WARNING"):
-        result = optimize(model, data, budget=budget, passes=passes, provider="cpu")
-    assert result.met
-    assert (
-        len({entry.site for entry in result.journal.of("kept") if entry.pass_name.startswith("collapse")}) > 1
-    )
-    assert not [record for record in caplog.records if "nothing is repaired" in record.message]
-
-
-# Fused norms, as ONNX Runtime's optimizer and its generative builder leave them
-
-
-def fused(layers=5, *, simplified=True, bias=True):
-    """A stream whose sums lie inside skip norms: the layers read the norm, the next skip norm the sum."""
-    net = Net(4)
-    kind = "SkipSimplifiedLayerNormalization" if simplified else "SkipLayerNormalization"
-    scales = [net.const(net.random.normal(1, 0.1, size=WIDTH)) for _ in range(1 if simplified else 2)]
-    h, update = net.dense("x", WIDTH, WIDTH, name="h0"), net.dense("x", WIDTH, WIDTH, name="u")
-    for layer in range(layers + 1):
-        norm, total = (f"n{layer}", f"s{layer}") if layer < layers else ("last", "s_last")
-        more = [net.const(np.full(WIDTH, 0.05))] if bias else []
-        net.nodes.append(
-            helper.make_node(
-                kind,
-                [h, update, *scales, *more],
-                [norm, "", "", total],
-                name=f"skip{layer}",
-                domain="com.microsoft",
-            )
-        )
-        h = total
-        if layer < layers:
-            hidden = net.op("Tanh", net.dense(norm, WIDTH, 40, name=f"z{layer}"))
-            matrix = net.random.normal(size=(40, WIDTH)) / 16
-            update = net.linear(hidden, matrix, name=f"u{layer}")
-    net.dense("last", WIDTH, 5, name="y")
-    graph = helper.make_graph(
-        net.nodes, "fused",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "t", WIDTH])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "t", 5])],
-        net.initializers,
-    )  # fmt: skip
-    imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    return Model(ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=8)))
-
-
-@pytest.mark.parametrize("simplified", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_skip_norm_forms_the_sum_that_the_stream_was_before(simplified, bias):
-    model, x = fused(simplified=simplified, bias=bias), rows(300, WIDTH).reshape(60, 5, WIDTH)
-    item = CollapseLayers(merge="drop")
-    found = offers(model, data_for(model, x), item)
-    offer = found["s3", "drop 1"]
-    copy = without(model, item, offer)
-    np.testing.assert_allclose(at(copy, "s3", x), at(model, "s2", x), atol=1e-6)
-    assert not any(value.name == "z2" for node in copy.graph for value in node.outputs)
-
-
-@pytest.mark.parametrize("simplified", [True, False])
-def test_a_skip_norm_sums_the_stream_and_its_map(simplified):
-    model, x = fused(simplified=simplified), rows(4500, WIDTH).reshape(900, 5, WIDTH)
-    data, item = data_for(model, x), CollapseLayers()
-    held = np.concatenate([batch["x"] for batch in data.batches("heldout")])
-    offer = offers(model, data, item)["s4", "fit 2"]
-    copy = without(model, item, offer)
-    assert relative(at(copy, "s4", held), at(model, "s4", held)) == pytest.approx(
-        offer.predicted_error, rel=1e-3
-    )
-    result = shrink(model, x, CollapseLayers(), target=0.7)
-    assert result.met
-    assert result.error < shrink(model, x, CollapseLayers(merge="drop"), target=0.7).error
-
-
-# Layers that share their weights, as in an ALBERT
-
-
-def shared():
-    random = np.random.default_rng(2)
-    pair = random.normal(size=(WIDTH, 40)) / 8, random.normal(size=(40, WIDTH)) / 8
-    model = stream(5, weights=[pair] * 5)
-    item = TieWeights()
-    item.apply(model, [offer for site in item.sites(model) for offer in item.propose(site, None)])
-    edit.prune(model)
-    return model
-
-
-def test_layers_that_share_weights_are_left_where_parameters_count():
-    model, x = shared(), rows(300, WIDTH)
-    result = shrink(model, x, CollapseLayers(), target=0.9)
-    assert not result.journal.of("kept")
-    assert any("saves no params" in entry.reason for entry in result.journal.of("declined"))
-    merges = shrink(model, x, CollapseLayers(merge="mean"), target=0.9)
-    assert any("share their weights" in entry.reason for entry in merges.journal.of("declined"))
-
-
-def test_layers_that_share_weights_go_where_flops_count():
-    model, x = shared(), rows(600, WIDTH)
-    budget = Budget(None, target=Target("flops", 0.7))
-    result = optimize(
-        model, data_for(model, x), budget=budget, passes=[CollapseLayers(merge="drop")], provider="cpu"
-    )
-    assert result.met
-    assert result.after.params == result.before.params
-
-
 @pytest.mark.parametrize("merge", ["fit", "drop", "fold", "mean"])
 def test_offers_predict_what_they_save(merge):
     model, x = stream(6), rows(400, WIDTH)
     item = CollapseLayers(merge=merge)
     for offer in offers(model, data_for(model, x), item).values():
-        saved = size(model).params - size(without(model, item, offer)).params
+        saved = size(model).params - size(narrowed(model, item, offer)).params
         norms = 2 * WIDTH  # shared by all layers, so they stay
         assert 0 <= offer.saving.params - saved <= 4 * norms

@@ -12,8 +12,6 @@ import pytest
 from onnxcollapse.calibration import open_data
 from onnxcollapse.errors import DataError
 
-X = np.arange(800, dtype=np.float32).reshape(40, 20)
-
 IMAGE_MODEL = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,3,8,8] pixel_values) => (float[N,3,1,1] y) { y = GlobalAveragePool(pixel_values) }"""
 

@@ -101,6 +101,7 @@ class CollapseLayers(Pass):
     """
 
     name: ClassVar[str] = "collapse-layers"
+    graded: ClassVar[bool] = False
     merge: Merge = "fit"
     search: Literal["optimal", "greedy", "laco", "random"] = "optimal"
     longest: int = 4

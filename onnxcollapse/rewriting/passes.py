@@ -42,6 +42,9 @@ class Pass(abc.ABC):
     repairs: ClassVar[bool] = False
     """Whether it saves nothing and only lowers the error behind what other passes have rewritten."""
 
+    graded: ClassVar[bool] = True
+    """Whether the variants of a site differ by degree, so that a few are priced and the others interpolated."""
+
     @property
     def exact(self) -> bool:
         """Whether rewrites keep the function, so that they need no calibration data and no budget."""

@@ -97,7 +97,10 @@ class Pricer:
             variants.sort(key=lambda candidate: candidate.proposal.predicted_error)
         many = len(sites) * ANCHORS * FEWEST / 2 > FORWARDS * self._data.samples
         count = FEW_ANCHORS if many else ANCHORS
-        anchors = {key: _anchors(variants, count) for key, variants in sites.items()}
+        anchors = {
+            key: _anchors(variants, count) if variants[0].maker.graded else variants
+            for key, variants in sites.items()
+        }
         told = [item for item in candidates if item.proposal.cost is not None]
         asked = [item for found in anchors.values() for item in found if item.proposal.cost is None]
         measured = self._measure(asked, progress, label) | {item.key: self._told(item) for item in told}

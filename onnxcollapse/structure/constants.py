@@ -170,7 +170,8 @@ def _constant_node(node: ir.Node) -> ir.TensorProtocol | None:
         if attr.is_ref():
             return None
         if name == "value":
-            return attr.as_tensor()
+            tensor: ir.TensorProtocol = attr.value  # as_tensor() looks at every member of the protocol each time
+            return tensor if attr.type == ir.AttributeType.TENSOR else None
         if name in ("value_float", "value_floats"):
             return ir.tensor(np.asarray(attr.value, dtype=np.float32))
         if name in ("value_int", "value_ints"):

@@ -150,6 +150,21 @@ def test_few_variants_of_a_site_are_measured_the_ends_among_them(case, priced):
         assert mine[-1].measured
 
 
+@dataclass(frozen=True)
+class Kinds(NarrowFfn):
+    """Variants that are taken to differ by kind."""
+
+    graded = False
+
+
+def test_variants_that_differ_by_kind_are_all_measured():
+    case = Case(blocks(2), correlated(200, 16))
+    case.item = Kinds()
+    case.candidates = case.offered()
+    assert len(case.candidates) > 2 * ANCHORS
+    assert all(price.measured for price in case.prices().values())
+
+
 def test_an_estimate_lies_between_its_measured_neighbours(case, priced):
     prices, _ = priced
     for site in {key[1] for key in prices}:

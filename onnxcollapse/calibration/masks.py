@@ -11,8 +11,6 @@ import numpy as np
 _CACHE = re.compile(
     r"(^|[._/])(past|present|new_past|kv_cache|cache)(_|\.|$|\d)|key_values|(key|value)_cache"
 )
-
-
 _NUMBER = re.compile(r"\d+")
 
 
@@ -23,13 +21,23 @@ def is_cache_name(name: str) -> bool:
 
 def cache_number(name: str) -> int | None:
     """The layer that a cache belongs to: 3 for past_key_values.3.key, past_3_key, present.3.value; None for others."""
-    found = _NUMBER.search(name) if is_cache_name(name) else None
+    found = _number(name)
     return None if found is None else int(found[0])
 
 
 def numbered(name: str, number: int) -> str:
     """A cache's name with the number of another layer."""
-    return _NUMBER.sub(str(number), name, count=1)
+    found = _number(name)
+    return name if found is None else f"{name[: found.start()]}{number}{name[found.end() :]}"
+
+
+def _number(name: str) -> re.Match[str] | None:
+    """The number behind what makes a name one of a cache, or the last one before it: layer.3.past_key."""
+    word = _CACHE.search(name) if is_cache_name(name) else None
+    if word is None:
+        return None
+    behind = _NUMBER.search(name, word.start())
+    return behind or next(reversed(list(_NUMBER.finditer(name))), None)
 
 
 def row_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray | None:

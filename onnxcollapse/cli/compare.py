@@ -50,6 +50,9 @@ def compare(
     for side, names in (("only in A", document["missing"]), ("only in B", document["extra"])):
         if names:
             out.print(f"Outputs {side}: {', '.join(names)}", markup=False)
+    for note in dict.fromkeys(document["notes"].values()):
+        names = ", ".join(name for name, why in document["notes"].items() if why == note)
+        out.print(f"Not compared: {names} ({note})", markup=False)
     if (both := document.get("perplexity")) is not None:
         change = f" ({both['b'] / both['a'] - 1:+.2%})"
         out.print(f"Perplexity: A {both['a']:.5g}, B {both['b']:.5g}{change}", markup=False)

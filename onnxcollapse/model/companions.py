@@ -4,21 +4,34 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, MutableMapping
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from onnxcollapse.errors import ModelError
+from onnxcollapse.model.jsontext import Edit, Part, apply, keeping, parse
+
+logger = logging.getLogger(__name__)
 
 CONFIG, GENAI = "config.json", "genai_config.json"
 
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers")
+_COUNTS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_transformer_layers", "decoder_layers",
+    "num_decoder_layers",
+)  # fmt: skip
 _LIMITS = ("max_window_layers",)
+_BY_LAYER = (
+    "layer_types", "block_types", "layers_block_type", "attention_layers", "no_rope_layers", "num_kv_heads",
+    "num_query_heads", "ffn_multipliers", "sliding_window_pattern_per_layer", "layer_head_dims",
+)  # fmt: skip
+_NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "moe_layers", "attn_layer_indices")
+_SCOPES = ("text_config", "decoder")
 
 
 def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
     """The text of a config file for a model of which some layers are left.
+
+    Only what says something of layers changes, and only in an object whose own count of layers is that of the
+    original: a file that has followed already stays as it is. What cannot follow is left and logged.
 
     Args:
         companion: The file as it lies beside the original.
@@ -26,52 +39,77 @@ def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
         left: Which of them are left, by their numbers from 0.
 
     Returns:
-        The new text with everything else as it was; None for a file that says nothing of layers.
-
-    Raises:
-        ModelError: The file is no JSON.
+        The new text; None for a file that stays as it is.
     """
-    edit = _EDITS.get(companion.name)
-    if edit is None:
+    changes = _EDITS.get(companion.name)
+    if changes is None:
         return None
-    text = companion.read_text(encoding="utf-8")
     try:
-        content = json.loads(text)
+        text = companion.read_bytes().decode()
+        root = parse(text)
     except ValueError as error:
-        raise ModelError(f"{companion} is no JSON ({error}); mend it or take it away") from error
-    if not isinstance(content, dict):
+        logger.warning("%s is no JSON (%s): it is copied as it is and does not follow", companion, error)
         return None
-    edit(content, before, left)
-    indent = re.search(r"^\{\s*\n([ \t]+)", text)
-    shaped = json.dumps(content, indent=indent[1] if indent else None, ensure_ascii=False)
-    return shaped + text[len(text.rstrip()) :]
+    edits = list(changes(text, root, before, left))
+    if not edits:
+        logger.warning("%s names no count of %d layers: it is copied as it is", companion, before)
+        return None
+    return apply(text, edits)
 
 
-def _edit_config(content: MutableMapping[str, Any], before: int, left: tuple[int, ...]) -> None:
-    """Counts that were right before are right again, and lists with an entry a layer keep those left."""
-    for key, value in content.items():
-        if key in _COUNTS and value == before:
-            content[key] = len(left)
-        elif key in _LIMITS and isinstance(value, int):
-            content[key] = min(value, len(left))
-        elif isinstance(value, list) and len(value) == before and "layer" in key:
-            content[key] = [value[number] for number in left]
-        elif isinstance(value, dict) and key in ("text_config", "decoder"):
-            _edit_config(value, before, left)
+def _config(text: str, scope: Part, before: int, left: tuple[int, ...]) -> Iterator[Edit]:
+    members = scope.members
+    double = members.get("is_encoder_decoder")
+    if double is not None and double.value is True:
+        logger.warning("the config is of an encoder and a decoder: set its counts of layers by hand")
+        return
+    for name in _SCOPES:
+        if name in members:
+            yield from _config(text, members[name], before, left)
+    if any(members[name].value == before for name in _COUNTS if name in members):
+        yield from _counted(text, members, before, left)
 
 
-def _edit_genai(content: MutableMapping[str, Any], before: int, left: tuple[int, ...]) -> None:
-    model = content.get("model")
-    decoder = model.get("decoder") if isinstance(model, dict) else None
-    if isinstance(decoder, dict):
-        _edit_config(decoder, before, left)
-        window = decoder.get("sliding_window")
-        layers = window.get("layers") if isinstance(window, dict) else None
-        if isinstance(window, dict) and isinstance(layers, list):
-            window["layers"] = [left.index(number) for number in layers if number in left]
+def _counted(text: str, members: dict[str, Part], before: int, left: tuple[int, ...]) -> Iterator[Edit]:
+    """Edits of an object whose count of layers is the original's."""
+    for key, part in members.items():
+        if key in _COUNTS and part.value == before:
+            yield Edit(part, str(len(left)))
+        elif key in _LIMITS and isinstance(part.value, int):
+            yield Edit(part, str(sum(number < part.value for number in left)))
+        elif key in _BY_LAYER and len(part.items) == before:
+            yield keeping(text, part, left)
+        elif key in _NUMBERS and part.items:
+            yield _renumbered(part, left)
+        elif key == "attention_types" and part.items:  # GPT-Neo: [[[types], times], ...]
+            yield from _repeated(part, before, left)
 
 
-_EDITS: dict[str, Callable[[MutableMapping[str, Any], int, tuple[int, ...]], None]] = {
-    CONFIG: _edit_config,
-    GENAI: _edit_genai,
+def _renumbered(part: Part, left: tuple[int, ...]) -> Edit:
+    """Numbers of layers, as they are now."""
+    return Edit(part, json.dumps([left.index(item.value) for item in part.items if item.value in left]))
+
+
+def _repeated(part: Part, before: int, left: tuple[int, ...]) -> Iterator[Edit]:
+    types: list[object] = []
+    for group in part.items:
+        if len(group.items) == 2 and isinstance(group.items[1].value, int):
+            types += [item.value for item in group.items[0].items] * group.items[1].value
+    if len(types) == before:
+        yield Edit(part, json.dumps([[[types[number] for number in left], 1]]))
+
+
+def _genai(text: str, root: Part, before: int, left: tuple[int, ...]) -> Iterator[Edit]:
+    model = root.members.get("model")
+    decoder = model.members.get("decoder") if model is not None else None
+    edits = [] if decoder is None else list(_config(text, decoder, before, left))
+    yield from edits
+    window = decoder.members.get("sliding_window") if edits and decoder is not None else None
+    if window is not None and "layers" in window.members:
+        yield _renumbered(window.members["layers"], left)
+
+
+_EDITS: dict[str, Callable[[str, Part, int, tuple[int, ...]], Iterator[Edit]]] = {
+    CONFIG: _config,
+    GENAI: _genai,
 }

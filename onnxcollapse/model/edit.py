@@ -41,10 +41,11 @@ def unique_name(graph: ir.Graph, hint: str) -> str:
     Give the main graph for a name that is free in the whole model. Of a subgraph's surroundings only the
     tensors it captures are seen. Functions have a scope of their own.
     """
-    return _free(hint, _names(graph))
+    return _free(hint, names_in(graph))
 
 
-def _names(graph: ir.Graph) -> set[str | None]:
+def names_in(graph: ir.Graph) -> set[str | None]:
+    """Names of all tensors and nodes in or below a graph, "" among them."""
     names: set[str | None] = {""}
     for inner in walk.nested(graph):
         names.update(value.name for value in inner.inputs)
@@ -93,7 +94,7 @@ def insert_before(graph: ir.Graph, anchor: ir.Node, nodes: ir.Node | Iterable[ir
     nodes = [nodes] if isinstance(nodes, ir.Node) else list(nodes)
     if anchor.graph is not graph:
         raise ModelError(f"node {anchor.name!r} is not in graph {graph.name!r}; insert into its own graph")
-    taken = _names(graph)
+    taken = names_in(graph)
     for node in nodes:
         node.name = _free(node.name or node.op_type, taken)
         for index, value in enumerate(node.outputs):
@@ -182,7 +183,7 @@ def _replace_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     home = old.graph
     if home is None:
         raise ModelError(f"output {old.name!r} belongs to no graph")
-    taken = _names(graph)
+    taken = names_in(graph)
     if new.graph is not home or new.is_graph_input() or new.is_initializer() or new.is_graph_output():
         node = ir.Node("", "Identity", [new], name=_free("Identity", taken))
         [output] = node.outputs

@@ -159,6 +159,6 @@ def stage(companion: Path, folder: Path, text: str | None = None) -> Path:
         )
     if text is not None:
         staged = folder / companion.name
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(text.encode())  # as bytes, so that line ends stay
         return staged
     return Path(shutil.copyfile(companion, folder / companion.name))

@@ -105,6 +105,8 @@ class Model:
             saving.save(
                 self.ir, target / name, external=external, companions=self.companions, edit=self._followed
             )
+        if any(companion.parent == target.absolute() for companion in self.companions):
+            self.layers_before, self.layers_left = 0, ()  # the companions that it goes by have followed
 
     def _followed(self, companion: Path) -> str | None:
         """New text of a config file when layers are gone, else None."""

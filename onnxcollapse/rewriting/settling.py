@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration.masks import cache_number, numbered
 from onnxcollapse.errors import ModelError
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, edit
 from onnxcollapse.structure import Block, layers
 
 
@@ -33,15 +33,23 @@ def settle(original: Model, work: Model) -> str | None:
         before, left = list(range(len(run))), _left(run, work)
     if left == before:
         return None
-    work.layers_before, work.layers_left = len(before), tuple(before.index(number) for number in left)
-    note = f"{len(before) - len(left)} of {len(before)} layers are gone; config files in the model's folder follow"
-    if not numbers:
-        return note
+    gone = f"{len(before) - len(left)} of {len(before)} layers are gone"
     try:
-        renumber(work)
+        if numbers:
+            _settle_caches(work, numbers)
     except ModelError as problem:
-        return f"{note}; caches keep their numbers: {problem}"
-    return f"{note}, and caches are numbered anew"
+        return f"{gone}; caches keep their numbers and config files their counts: {problem}"
+    known = original.layers_left or tuple(before)
+    work.layers_before = original.layers_before or len(before)
+    work.layers_left = tuple(known[before.index(number)] for number in left)
+    note = f"{gone}; config files in the model's folder follow"
+    return f"{note}, and caches are numbered anew" if numbers else note
+
+
+def _settle_caches(work: Model, numbers: Sequence[int]) -> None:
+    if list(numbers) != list(range(len(numbers))):
+        raise ModelError("the original's have gaps, as where not every layer has a cache")
+    renumber(work)
 
 
 def cache_layers(model: Model) -> list[int]:
@@ -70,9 +78,7 @@ def renumber(model: Model) -> dict[int, int]:
         for value in _interface(model)
         if (number := cache_number(value.name or "")) is not None and numbers[number] != number
     ]
-    taken = {value.name for node in model.graph for value in node.outputs} | {
-        v.name for v in _interface(model)
-    }
+    taken = edit.names_in(model.graph)
     taken -= {value.name for value, _ in moved}
     clash = next((name for _, name in moved if name in taken), None)
     if clash is not None:

@@ -170,7 +170,9 @@ def _constant_node(node: ir.Node) -> ir.TensorProtocol | None:
         if attr.is_ref():
             return None
         if name == "value":
-            tensor: ir.TensorProtocol = attr.value  # as_tensor() looks at every member of the protocol each time
+            tensor: ir.TensorProtocol = (
+                attr.value
+            )  # as_tensor() looks at every member of the protocol each time
             return tensor if attr.type == ir.AttributeType.TENSOR else None
         if name in ("value_float", "value_floats"):
             return ir.tensor(np.asarray(attr.value, dtype=np.float32))

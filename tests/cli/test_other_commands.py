@@ -49,6 +49,18 @@ def test_compare_shows_the_perplexity_of_language_models(workspace):
     assert f"Perplexity: A {both['a']:.5g}, B {both['b']:.5g}" in result.stdout
 
 
+def test_compare_says_which_caches_it_leaves_out_where_layers_are_gone(workspace):
+    np.savez(workspace.folder / "calib.npz", input_ids=windows(6))
+    workspace.write_model(decoder((0, 1)))
+    workspace.write_model(decoder((0,)), "other.onnx")
+    found = compared(workspace)
+    why = "layers are gone, and its number may mean another one now"
+    assert found["notes"] == {"present.0.key": why, "present.0.value": why}
+    assert found["missing"] == ["present.1.key", "present.1.value"]
+    result = workspace.run("compare", "model.onnx", "other.onnx", "--data", "calib.npz")
+    assert f"Not compared: present.0.key, present.0.value ({why})" in " ".join(result.stdout.split())
+
+
 def test_compare_of_a_model_with_itself_is_zero_on_a_single_sample(workspace):
     np.savez(workspace.folder / "calib.npz", x=rows(1, 8))
     workspace.write_model(mlp([8, 64, 8], "PRelu", slopes=[[0.98]]), "other.onnx")

@@ -3,25 +3,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from onnxcollapse import Model
 from onnxcollapse.calibration.masks import cache_number
 from onnxcollapse.errors import ModelError
-from onnxcollapse.model import companions
 from onnxcollapse.rewriting.settling import cache_layers, renumber, settle
 from onnxcollapse.structure import layers
 from tests.support import file_bytes, residual
 from tests.verification.decoders import decoder
-
-LLAMA = {
-    "model_type": "llama",
-    "num_hidden_layers": 4,
-    "layer_types": ["a", "b", "c", "d"],
-    "max_window_layers": 9,
-}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +23,8 @@ LLAMA = {
         ("present.0.value", 0),
         ("present_key_values.5.key", 5),
         ("key_cache.2", 2),
+        ("decoder2.past_key_values.3.key", 3),
+        ("layer.3.past_key", 3),
         ("logits", None),
         ("hidden_states.3", None),
     ],
@@ -73,7 +64,11 @@ def test_a_cache_on_one_side_only_is_an_error_by_layer():
     ]
     with pytest.raises(ModelError, match="layer 2 has a cache on one side"):
         renumber(model)
-    assert "caches keep their numbers: layer 2" in settle(decoder((0, 1, 2)), model)
+    assert settle(decoder((0, 1, 2)), model) == (
+        "1 of 3 layers are gone; caches keep their numbers and config files their counts: layer 2 has a cache on one "
+        "side of the model only; it cannot be numbered anew"
+    )
+    assert not model.layers_before
 
 
 def test_settling_says_which_layers_are_left():
@@ -98,64 +93,27 @@ def test_layers_without_caches_are_told_by_what_they_compute():
     assert work.layers_left == (0, 3, 4)
 
 
-def folder(tmp_path, config=LLAMA, genai=None):
-    source = tmp_path / "source"
-    source.mkdir()
-    decoder((0, 1, 2, 3)).save(source / "model.onnx")
-    (source / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if genai is not None:
-        (source / "genai_config.json").write_text(json.dumps(genai, indent=4))
-    return source
+def test_what_goes_in_a_second_run_adds_to_the_first():
+    first, second = decoder((0, 2, 3, 4)), decoder((0, 1, 3))
+    settle(decoder((0, 1, 2, 3, 4)), first)
+    settle(first, second)
+    assert (second.layers_before, second.layers_left) == (5, (0, 2, 4))
 
 
-def test_config_follows_and_keeps_its_form(tmp_path):
-    source = folder(tmp_path)
-    model = Model.load(source)
-    model.layers_before, model.layers_left = 4, (0, 3)
-    model.save(tmp_path / "out")
-    text = (tmp_path / "out" / "config.json").read_text()
-    expected = {**LLAMA, "num_hidden_layers": 2, "layer_types": ["a", "d"], "max_window_layers": 2}
-    assert text == json.dumps(expected, indent=2) + "\n"
-    assert json.loads((source / "config.json").read_text()) == LLAMA
+def test_caches_that_had_gaps_keep_their_numbers():
+    original, work = decoder((0, 2, 5)), decoder((0, 5))
+    assert settle(original, work) == (
+        "1 of 3 layers are gone; caches keep their numbers and config files their counts: the original's have gaps, "
+        "as where not every layer has a cache"
+    )
+    assert cache_layers(work) == [0, 5]
 
 
-def test_config_follows_when_the_source_is_replaced(tmp_path):
-    source = folder(tmp_path, {"n_layer": 4, "n_head": 4})
-    model = Model.load(source)
-    model.layers_before, model.layers_left = 4, (1, 2)
-    model.save(source)
-    assert json.loads((source / "config.json").read_text()) == {"n_layer": 2, "n_head": 4}
-
-
-def test_untouched_layers_copy_companions_byte_for_byte(tmp_path):
-    source = folder(tmp_path)
-    Model.load(source).save(tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
-
-
-def test_genai_config_follows(tmp_path):
-    genai = {
-        "model": {"decoder": {"num_hidden_layers": 4, "sliding_window": {"layers": [1, 3]}}, "type": "llama"}
-    }
-    source = folder(tmp_path, genai=genai)
-    model = Model.load(source)
-    model.layers_before, model.layers_left = 4, (0, 3)
-    model.save(tmp_path / "out")
-    decoder_part = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
-    assert decoder_part == {"num_hidden_layers": 2, "sliding_window": {"layers": [1]}}
-
-
-def test_a_config_that_is_no_json_is_an_error_and_nothing_is_written(tmp_path):
-    source = folder(tmp_path)
-    (source / "config.json").write_text("{")
-    model = Model.load(source)
-    model.layers_before, model.layers_left = 4, (0,)
-    with pytest.raises(ModelError, match="is no JSON"):
-        model.save(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_other_files_say_nothing_of_layers(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    path.write_text("{}")
-    assert companions.follow(path, 4, (0,)) is None
+def test_a_name_that_an_initializer_has_is_taken():
+    model = decoder((0, 2))
+    weight = next(iter(model.graph.initializers.values()))
+    del model.graph.initializers[weight.name]
+    weight.name = "present.1.key"
+    model.graph.initializers["present.1.key"] = weight
+    with pytest.raises(ModelError, match=r"a cache would be called 'present\.1\.key', as another tensor is"):
+        renumber(model)

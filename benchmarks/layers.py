@@ -38,7 +38,7 @@ from onnxcollapse.model import Model, size
 from onnxcollapse.rewriting import Pass, registry
 from onnxcollapse.rewriting.frontier import frontier
 from onnxcollapse.rewriting.pipeline import Result
-from onnxcollapse.structure.spans import streams
+from onnxcollapse.structure.spans import Span, first_projection, streams
 from onnxcollapse.verification import compare
 
 Row = dict[str, Any]
@@ -125,7 +125,8 @@ class Bench:
             run("-m", "models.smollm2", "-o", str(self.kjv), "--text", "kjv")
         stream = max(streams(self.original.graph), key=lambda found: len(found.layers))
         self.layer = stream.layers[0].params
-        self.map = (stream.layers[0].start.shape or [0])[-1]
+        reader = first_projection(Span(stream.layers[:1], 1))  # a map stands in the stream that this reads
+        self.width = 0 if reader is None else reader.in_features
 
     def rows(self, jobs: Sequence[Job]) -> Iterator[Row]:
         """Makes the rows of one method; statistics and first prices are shared between its counts of layers."""
@@ -162,7 +163,7 @@ class Bench:
 
     def _share(self, job: Job) -> float:
         """What is left of the parameters when so many layers are gone, with a map in the place of each if need be."""
-        maps = int(self.map) ** 2 + int(self.map) if job.method.startswith("fit") else 0
+        maps = self.width**2 + self.width if job.method.startswith("fit") else 0
         saved = (job.layers or 0) * (self.layer - maps)
         return 1 - 0.999 * saved / size(self.original).params
 

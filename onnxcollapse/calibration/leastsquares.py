@@ -240,7 +240,7 @@ def _solve(
     problem: Problem, ridge: float, rank: int | None, prior: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     right = problem.C if prior is None else problem.C - problem.G @ prior
-    matrix = _ridge_solve(problem.G, right, ridge)
+    matrix = ridge_solve(problem.G, right, ridge)
     basis = None
     if rank is not None:
         basis = leading(matrix.T @ problem.G @ matrix, rank)
@@ -248,7 +248,7 @@ def _solve(
     return (matrix if prior is None else prior + matrix), basis
 
 
-def _ridge_solve(G: np.ndarray, C: np.ndarray, ridge: float) -> np.ndarray:
+def ridge_solve(G: np.ndarray, C: np.ndarray, ridge: float) -> np.ndarray:
     """(G + ridge mean(diag G) I)^-1 C by Cholesky; a G too singular for it by its eigenvectors."""
     if not len(G):
         return np.zeros_like(C)  # no features: the offset alone answers

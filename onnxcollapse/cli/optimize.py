@@ -109,7 +109,7 @@ def _run(
     from onnxcollapse.model import Model
     from onnxcollapse.rewriting import pipeline, registry
 
-    passes = registry.chosen(specs, {"align": align})
+    passes = registry.chosen(specs, {"align": align}, budget.target.measure if budget.target else None)
     if provider != "auto":
         chain(provider)  # an unknown one is an error, also where nothing will run on it
     if calib is None and window is not None:

@@ -84,7 +84,7 @@ def sweep(
     _check(folder, list(places.values()), model, calib, evaluation)
     with user_code(), Bars(quiet=as_json) as progress:
         check_metric(metric)
-        passes = registry.chosen(specs, {"align": align})
+        passes = registry.chosen(specs, {"align": align}, measure)
         if provider != "auto":
             chain(provider)  # an unknown one is an error before any work
         limit = None if memory is None else parse_memory(memory)

@@ -5,14 +5,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
 from onnxcollapse.model import Model, edit
-from onnxcollapse.rewriting.passes import Pass, blamed, requests_again_of, requests_of, site_of, sites_of
+from onnxcollapse.rewriting.passes import (
+    Pass,
+    blamed,
+    look_closer_of,
+    requests_again_of,
+    requests_of,
+    site_of,
+    sites_of,
+)
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
 from onnxcollapse.rewriting.selection import Candidate, node_key
@@ -80,7 +88,27 @@ class Fitter:
         self.changed = False
 
     def statistics(self, model: Model, places: Sequence[Place]) -> Iterator[tuple[Place, Statistics | None]]:
-        """Gives each place with its statistics, layer by layer, so that those of one layer are held at a time."""
+        """Gives each place with its statistics, layer by layer, so that those of one layer are held at a time.
+
+        Places whose passes want to look closer follow in a second walk, through a copy with what they added to it.
+        """
+        scratch: Model | None = None
+        closer: list[Place] = []
+        for place, statistics in self._gathered(model, places):
+            if statistics is None or type(place.maker).look_closer is Pass.look_closer:
+                yield place, statistics
+                continue
+            scratch = scratch or model.clone()
+            site = look_closer_of(place.maker, scratch, place.site, statistics)
+            if site is None:
+                yield place, statistics
+            else:
+                closer.append(replace(place, site=site))
+        if scratch is not None and closer:
+            yield from self._gathered(scratch, closer)
+
+    def _gathered(self, model: Model, places: Sequence[Place]) -> Iterator[tuple[Place, Statistics | None]]:
+        """One walk: each place with its statistics; None where it needs none."""
         requests = {place.key: tuple(requests_of(place.maker, place.site)) for place in places}
         yield from ((place, None) for place in places if not requests[place.key])
         waiting = [place for place in places if requests[place.key]]

@@ -12,7 +12,6 @@ from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.pipeline import Result, optimize
 from onnxcollapse.rewriting.progress import Progress
-from onnxcollapse.rewriting.registry import defaults
 
 
 def frontier(
@@ -51,14 +50,13 @@ def frontier(
     Raises:
         OnnxCollapseError: The model, data, metric or provider cannot be used.
     """
-    chosen = list(defaults() if passes is None else passes)
     openings: dict[str, Opening] = {}
     for target in targets:
         yield optimize(
             model,
             data,
             budget=Budget(error, metric, target),
-            passes=chosen,
+            passes=passes,
             provider=provider,
             seed=seed,
             memory=memory,

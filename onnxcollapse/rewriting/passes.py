@@ -42,6 +42,9 @@ class Pass(abc.ABC):
     repairs: ClassVar[bool] = False
     """Whether it saves nothing and only lowers the error behind what other passes have rewritten."""
 
+    storage: ClassVar[bool] = False
+    """Whether it saves parameters and bytes only: by default it runs where the target names one of these."""
+
     graded: ClassVar[bool] = True
     """Whether the variants of a site differ by degree, so that a few are priced and the others interpolated."""
 
@@ -62,6 +65,21 @@ class Pass(abc.ABC):
     def requests(self, site: Any) -> Sequence[Request]:
         """Names the statistics that `propose` needs for a site."""
         return ()
+
+    def look_closer(self, scratch: Model, site: Any, statistics: Statistics) -> Any:
+        """Says what else has to be known about a site, where that depends on its statistics.
+
+        Args:
+            scratch: A copy of the model, shared with other sites, to which nodes may be added whose tensors statistics
+                are needed of; nothing that it computes may change.
+            site: The site.
+            statistics: What `requests` asked for.
+
+        Returns:
+            What stands for the site from then on: `requests` is asked again with it, statistics come from the
+            scratch copy, and `propose` is given both. None when nothing more is needed.
+        """
+        return None
 
     @abc.abstractmethod
     def propose(self, site: Any, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
@@ -174,6 +192,12 @@ def requests_of(item: Pass, site: Site) -> list[Request]:
     """Returns the statistics that a pass needs for a site; raises ModelError in the pass's name when it fails."""
     with blamed(item):
         return list(item.requests(site))
+
+
+def look_closer_of(item: Pass, scratch: Model, site: Site, statistics: Statistics) -> Any:
+    """Returns what a pass makes of a site for a second look; raises ModelError as `requests_of` does."""
+    with blamed(item):
+        return item.look_closer(scratch, site, statistics)
 
 
 def requests_again_of(item: Pass, site: Site, proposal: Proposal) -> list[Request]:

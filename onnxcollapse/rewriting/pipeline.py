@@ -208,7 +208,8 @@ def optimize(
     """
     began = time.perf_counter()
     budget = budget or Budget()
-    chosen = list(defaults() if passes is None else passes)
+    measure = budget.target.measure if budget.target else None
+    chosen = list(defaults(measure=measure) if passes is None else passes)
     exact = [item for item in chosen if item.exact]
     lossy = [item for item in chosen if not item.exact]
     journal = _journal_for(model, data, budget, chosen, seed)
@@ -216,7 +217,6 @@ def optimize(
     if data is not None:
         data.count("heldout")  # too little data to be split fails here and not after the work
     opening = opening or Opening()
-    measure = budget.target.measure if budget.target else None
     opening.claim(model, data, budget.error, budget.metric, measure, chosen, provider, memory)
     running = _plan(opening, model, memory, data)
     cuts = () if running is None else running.cuts

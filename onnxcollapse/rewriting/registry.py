@@ -15,6 +15,9 @@ GROUP = "onnxcollapse.passes"
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 
+STORED = ("params", "bytes")
+"""Measures that passes which only save what is stored lower."""
+
 
 @functools.cache
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
@@ -71,17 +74,25 @@ def parse(spec: str, fallback: Mapping[str, int] = _NOTHING) -> Pass:
     return build(kind, {**_known(kind, fallback), **options})
 
 
-def defaults(fallback: Mapping[str, int] = _NOTHING) -> list[Pass]:
-    """Returns every registered pass that runs without options, exact ones first, in order of their names."""
+def defaults(fallback: Mapping[str, int] = _NOTHING, measure: str | None = None) -> list[Pass]:
+    """Returns every registered pass that runs without options, exact ones first, in order of their names.
+
+    Args:
+        fallback: Values of options for passes that have such options.
+        measure: What a target names; passes that only save what is stored run where that is params or bytes.
+    """
     kinds = [load(name) for name in names()]
+    kinds = [kind for kind in kinds if not kind.storage or measure in STORED]
     suited = [kind for kind in kinds if all(default != "required" for *_, default in describe_options(kind))]
     made = [build(kind, _known(kind, fallback)) for kind in suited]
     return sorted(made, key=lambda item: (not item.exact, item.name))
 
 
-def chosen(specs: Sequence[str], fallback: Mapping[str, int] = _NOTHING) -> list[Pass]:
-    """Returns the passes that a user named, in that order, or those that run by default; see `parse`."""
-    return [parse(spec, fallback) for spec in specs] or defaults(fallback)
+def chosen(
+    specs: Sequence[str], fallback: Mapping[str, int] = _NOTHING, measure: str | None = None
+) -> list[Pass]:
+    """Returns the passes that a user named, in that order, or those that run by default; see `parse`, `defaults`."""
+    return [parse(spec, fallback) for spec in specs] or defaults(fallback, measure)
 
 
 def _known(kind: type[Pass], fallback: Mapping[str, int]) -> dict[str, str]:

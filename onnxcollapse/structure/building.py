@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -13,9 +14,18 @@ from onnxcollapse.structure.constants import Array
 from onnxcollapse.structure.convolution import Convolution
 from onnxcollapse.structure.linear import Linear
 
+Store = Callable[[ir.Graph, str, Array, ir.DataType], ir.Value]
+"""Makes an initializer of an array: graph, hint for its name, array, element type."""
+
 
 def build_linear(
-    graph: ir.Graph, anchor: ir.Node, like: Linear, x: ir.Value, matrix: Array, offset: Array | None
+    graph: ir.Graph,
+    anchor: ir.Node,
+    like: Linear,
+    x: ir.Value,
+    matrix: Array,
+    offset: Array | None,
+    store: Store = edit.add_initializer,
 ) -> ir.Value:
     """Insert y = x @ matrix + offset before `anchor`, spelled like `like`.
 
@@ -30,6 +40,7 @@ def build_linear(
         x: The data operand, of the rank of `like.input`.
         matrix: W [in, out].
         offset: b [out], or None for no bias.
+        store: Makes the initializers, of `matrix` and `offset` or of views of them.
 
     Returns:
         The new output; its element type is `like`'s, its shape x's with the channel axis changed.
@@ -40,14 +51,14 @@ def build_linear(
     _check(like, x, matrix, offset)
     hint = like.name
     if like.kind == "matmul":
-        nodes = _matmul(graph, like, x, matrix, offset, hint)
+        nodes = _matmul(graph, like, x, matrix, offset, store)
     else:
         stored = matrix.T if like.transposed else matrix
         if like.kind == "conv":
             stored = stored.reshape(*stored.shape, *[1] * ((like.rank or 4) - 2))
-        operands = [x, edit.add_initializer(graph, f"{hint}_weight", stored, like.dtype)]
+        operands = [x, store(graph, f"{hint}_weight", stored, like.dtype)]
         if offset is not None:
-            operands.append(edit.add_initializer(graph, f"{hint}_bias", offset, like.dtype))
+            operands.append(store(graph, f"{hint}_bias", offset, like.dtype))
         nodes = [_node(like, like.node.op_type, operands, hint, _attributes(like))]
     for node in nodes:
         node.outputs[0].shape = _shape(like, x, matrix.shape[1])
@@ -94,15 +105,15 @@ def build_convolution(
 
 
 def _matmul(
-    graph: ir.Graph, like: Linear, x: ir.Value, matrix: Array, offset: Array | None, hint: str
+    graph: ir.Graph, like: Linear, x: ir.Value, matrix: Array, offset: Array | None, store: Store
 ) -> list[ir.Node]:
-    stored = matrix.T if like.weight_left else matrix
-    weight = edit.add_initializer(graph, f"{hint}_weight", stored, like.dtype)
+    hint, stored = like.name, matrix.T if like.weight_left else matrix
+    weight = store(graph, f"{hint}_weight", stored, like.dtype)
     product = _node(like, "MatMul", [weight, x] if like.weight_left else [x, weight], hint)
     if offset is None:
         return [product]
     column = offset.reshape(-1, 1) if like.weight_left else offset
-    bias = edit.add_initializer(graph, f"{hint}_bias", column, like.dtype)
+    bias = store(graph, f"{hint}_bias", column, like.dtype)
     total = _node(like, "Add", [product.outputs[0], bias], f"{hint}_sum")
     return [product, total]
 

@@ -15,13 +15,13 @@ import numpy as np
 from onnxcollapse.bench import trtexec as trt
 from onnxcollapse.bench.decoding import Steps, caches
 from onnxcollapse.bench.footprint import Footprint, file_bytes, measure
-from onnxcollapse.bench.inputs import Case, Sizes, make
+from onnxcollapse.bench.inputs import Case, Sizes, explained, make
 from onnxcollapse.bench.ratio import ratio
 from onnxcollapse.bench.report import BenchReport, Latency, Phase, Subject
 from onnxcollapse.bench.timing import Timing, interleaved
 from onnxcollapse.calibration import providers
-from onnxcollapse.calibration.sessions import Session, first_line, open_file
-from onnxcollapse.errors import ModelError, OnnxCollapseError, OptionError, ProviderError
+from onnxcollapse.calibration.sessions import Session, open_file
+from onnxcollapse.errors import ModelError, OptionError, ProviderError
 from onnxcollapse.model.model import Model
 
 LIMIT = 120.0
@@ -88,19 +88,6 @@ class _Entry:
     def whole(self) -> Phase:
         """What a whole run is."""
         return "prefill" if self.pairs else "run"
-
-    @contextlib.contextmanager
-    def explained(self, case: Case) -> Iterator[None]:
-        """Says which model it is that fails, and on what."""
-        try:
-            yield
-        except OnnxCollapseError:
-            raise
-        except Exception as error:  # ONNX Runtime has no common base class for its errors
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in case.feeds.items())
-            raise ModelError(
-                f"{self.name} cannot run on {shapes}: {first_line(error)}; give other sizes"
-            ) from error
 
 
 def bench(
@@ -224,7 +211,7 @@ def _time_runs(sessions: Sequence[tuple[_Entry, Session]], place: int, settings:
     calls = []
     for entry, session in sessions:
         case = entry.cases[place]
-        with entry.explained(case):
+        with explained(entry.name, case.feeds):
             captured = settings.cuda_graph
             call = session.captured(case.feeds, place + 1) if captured else session.prepared(case.feeds)
             call()
@@ -248,7 +235,7 @@ def _time_decoding(sessions: Sequence[tuple[_Entry, Session]], place: int, setti
     calls, fastest = list[Steps](), math.inf
     for entry, session in sessions:
         case = entry.cases[place]
-        with entry.explained(case):
+        with explained(entry.name, case.feeds):
             steps = Steps(session, entry.model, case.feeds, entry.pairs or {}, settings.tokens)
             for _ in range(2):
                 fastest = min(fastest, steps.run_cycle())

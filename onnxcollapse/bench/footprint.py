@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxcollapse.bench.inputs import explained
 from onnxcollapse.calibration.planner import peak_resident
 from onnxcollapse.calibration.providers import CUDA, TENSORRT, chain
 from onnxcollapse.calibration.sessions import open_file
@@ -101,7 +102,8 @@ def _here(path: Path, feeds: Mapping[str, np.ndarray], provider: str, threads: i
     before, began = _resident(), time.perf_counter()
     with open_file(path, provider, threads) as session:
         seconds = time.perf_counter() - began
-        session.prepared(feeds)()
+        with explained(str(path), feeds):
+            session.prepared(feeds)()
         grown = _resident() - before
         on_device = session.provider.obtained in (CUDA, TENSORRT)
         return Footprint(seconds, grown, _device_bytes() if on_device else None)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from onnxcollapse.calibration import filling, synthetic
 from onnxcollapse.calibration.data import open_data
 from onnxcollapse.calibration.masks import batch_rows, is_cache_name
+from onnxcollapse.calibration.sessions import first_line
 from onnxcollapse.calibration.signature import data_signature
-from onnxcollapse.errors import OptionError
+from onnxcollapse.errors import ModelError, OnnxCollapseError, OptionError
 from onnxcollapse.model.model import Model, Signature, TensorSpec
 
 
@@ -69,6 +71,22 @@ def make(
     )
     spec = _sequence_spec(signature)
     return Case(feeds, batch_rows(feeds), None if spec is None else feeds[spec.name].shape[1])
+
+
+@contextlib.contextmanager
+def explained(name: str, feeds: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Says which model it is that fails, and on what.
+
+    Raises:
+        ModelError: In the place of ONNX Runtime's own errors.
+    """
+    try:
+        yield
+    except OnnxCollapseError:
+        raise
+    except Exception as error:  # ONNX Runtime has no common base class for its errors
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        raise ModelError(f"{name} cannot run on {shapes}: {first_line(error)}; give other sizes") from error
 
 
 def _draw(model: Model, signature: Signature, sizes: Sizes, seed: int) -> dict[str, np.ndarray]:

@@ -105,8 +105,8 @@ def bench(
     from onnxcollapse.bench import Settings
     from onnxcollapse.bench import bench as measure
 
-    if csv_file is not None and not Path(csv_file).absolute().parent.is_dir():
-        raise OptionError(f"--csv {csv_file}: its folder does not exist; create it first")
+    if csv_file is not None:
+        _check_file(Path(csv_file))
     settings = Settings(
         provider, threads, rounds, openings, warmup,
         tokens=tokens, seed=seed, cuda_graph=cuda_graph, footprint=footprint, trtexec=trtexec,
@@ -131,9 +131,17 @@ def _sweep(
 
 def _size(text: str) -> tuple[str, int]:
     name, _, count = text.rpartition("=")
-    if not name or not (count.isascii() and count.isdigit()):
-        raise OptionError(f"--size {text}: write it as DIM=N, DIM a symbol or INPUT.AXIS")
+    if not name or not (count.isascii() and count.isdigit() and int(count) > 0):
+        raise OptionError(f"--size {text}: write it as DIM=N, DIM a symbol or INPUT.AXIS, N above 0")
     return name, int(count)
+
+
+def _check_file(path: Path) -> None:
+    """Before any work: it can be written."""
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"--csv {path}: its folder does not exist; create it first")
+    if path.is_dir():
+        raise OptionError(f"--csv {path}: it is a folder; name a file in it")
 
 
 def _write(report: BenchReport, path: Path) -> None:
@@ -158,7 +166,9 @@ def _show(report: BenchReport) -> None:
     out = console()
     if several:
         first = report.subjects[0].model
-        out.print(f"\nRatios are of medians, to {first}: below 1 is faster", markup=False)
+        out.print(
+            f"\nRatios to {first} are medians over rounds of the mean run: below 1 is faster", markup=False
+        )
     out.print(f"Measured on {report.provider}", markup=False)
 
 

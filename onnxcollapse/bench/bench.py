@@ -33,7 +33,6 @@ LEAST_TURN = 0.1
 LONG_OPENING = 10.0
 """Seconds: where opening all sessions takes longer, as with engines that TensorRT builds, it is done once."""
 
-
 _PHASES: tuple[tuple[Phase, ...], ...] = (("run", "prefill"), ("decode",))
 """Those of one kind are compared."""
 
@@ -110,6 +109,8 @@ def bench(
         ProviderError: The provider is unknown, or has no CUDA graphs where they are asked for.
         DataError: The data cannot be read or does not fit.
     """
+    if not models:
+        raise OptionError("there is no model to time; give at least one")
     provider = _provider(settings)
     tool = trt.find() if settings.trtexec else None
     entries = [_entry(number, str(name), sweep, data, settings.seed) for number, name in enumerate(models)]

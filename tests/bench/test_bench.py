@@ -193,6 +193,8 @@ def test_models_have_to_do_as_much(saved):
     with pytest.raises(OptionError, match=r"runs 4 samples and .*model\.onnx 1 samples"):
         bench([saved(mlp([8, 4, 8])), four], settings=QUICK)
     assert bench([four], settings=QUICK).latencies[0].batch == 4
+    with pytest.raises(OptionError, match="no model to time"):
+        bench([])
 
 
 def test_what_a_model_cannot_run_names_it(saved):

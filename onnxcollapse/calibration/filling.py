@@ -43,6 +43,42 @@ def complete(batch: Mapping[str, np.ndarray], signature: Signature) -> dict[str,
     return feeds
 
 
+def step(
+    signature: Signature, tokens: np.ndarray, past: int, cache: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The feeds of one step of a decoder over tokens that follow those in its cache.
+
+    Args:
+        signature: The model's inputs; besides tokens only those that have one obvious value.
+        tokens: Token ids [B, n].
+        past: Tokens in the cache.
+        cache: The caches by input name; those missing are left empty.
+    """
+    specs = {spec.name: spec for spec in signature.inputs}
+    rows, length = tokens.shape[:2]
+    positions = np.arange(past, past + length)
+    known = {
+        tokens_name(signature) or TOKENS[0]: tokens,
+        "attention_mask": np.ones((rows, past + length)),
+        "position_ids": np.tile(positions, (rows, 1)),
+        "cache_position": positions,
+    }
+    feeds = {
+        name: array.astype((specs[name].dtype or ir.DataType.INT64).numpy())
+        for name, array in known.items()
+        if name in specs
+    }
+    if past and "use_cache_branch" in specs:
+        feeds["use_cache_branch"] = np.ones((len(specs["use_cache_branch"].shape or ()) and 1) or (), bool)
+    return complete({**feeds, **cache}, signature)
+
+
+def tokens_name(signature: Signature) -> str | None:
+    """The input of tokens, as ids or embedded; None where there is none."""
+    names = {spec.name for spec in signature.inputs}
+    return next((name for name in TOKENS if name in names), None)
+
+
 def is_fillable(spec: TensorSpec, given: set[str], signature: Signature) -> bool:
     """Whether `complete` has a value for an input, given the names of the others."""
     rank = len(spec.shape or ())

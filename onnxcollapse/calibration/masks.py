@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,8 @@ _CACHE = re.compile(
     r"(^|[._/])(past|present|new_past|kv_cache|cache)(_|\.|$|\d)|key_values|(key|value)_cache"
 )
 _NUMBER = re.compile(r"\d+")
+_ROLES = {"past", "present", "new", "in", "out", "input", "output", "cache", "kv", "values"}
+"""Words of a cache's name that say whether it comes in or goes out."""
 
 
 def is_cache_name(name: str) -> bool:
@@ -38,6 +40,32 @@ def _number(name: str) -> re.Match[str] | None:
         return None
     behind = _NUMBER.search(name, word.start())
     return behind or next(reversed(list(_NUMBER.finditer(name))), None)
+
+
+def cache_pairs(inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str] | None:
+    """Pairs each cache that a model takes with the output that is its next value, by the rest of their names.
+
+    `past_key_values.3.key` goes with `present.3.key`, `past_3_value` with `present_3_value`, whichever layers are
+    left.
+
+    Returns:
+        Output by input; None when a cache has no partner or more than one, or there are no caches.
+    """
+    given, made = ([name for name in names if is_cache_name(name)] for names in (inputs, outputs))
+    partners: dict[tuple[str, ...], list[str]] = {}
+    for name in made:
+        partners.setdefault(_rest(name), []).append(name)
+    found = {name: partners.get(_rest(name), []) for name in given}
+    if not found or any(len(names) != 1 for names in found.values()):
+        return None
+    pairs = {name: names[0] for name, names in found.items()}
+    return pairs if len(set(pairs.values())) == len(pairs) else None
+
+
+def _rest(name: str) -> tuple[str, ...]:
+    """A cache's name without the words for its role: its layer, and whether it holds keys or values."""
+    words = re.findall(r"\d+|[a-z]+", name.lower().replace("key_values", "values"))
+    return tuple(word for word in words if word not in _ROLES)
 
 
 def row_mask(batch: Mapping[str, np.ndarray]) -> np.ndarray | None:

@@ -204,12 +204,12 @@ def works(name: str) -> bool:
 
 
 def create(
-    model: bytes, options: SessionOptions, providers: tuple[str, ...], requested: str
+    model: bytes | str, options: SessionOptions, providers: tuple[str, ...], requested: str
 ) -> InferenceSession:
     """Opens an InferenceSession quietly: no fall-back of its own, nothing printed.
 
     Args:
-        model: A serialised ModelProto.
+        model: A serialised ModelProto, or the path of a file.
         options: SessionOptions.
         providers: ONNX Runtime's names, best first.
         requested: What was asked for: device and options come from it.
@@ -221,7 +221,7 @@ def create(
 
 
 def _open(
-    model: bytes, options: SessionOptions, entries: Sequence[tuple[str, Mapping[str, str]]]
+    model: bytes | str, options: SessionOptions, entries: Sequence[tuple[str, Mapping[str, str]]]
 ) -> InferenceSession:
     ort = runtime()
     options.log_severity_level = FATAL

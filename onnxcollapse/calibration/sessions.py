@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from onnxcollapse.model import edit
 from onnxcollapse.model.model import Model
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, OrtValue, RunOptions, SessionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Session:
             results = self._run_bound(wanted) if self._bound else self._run_plain(wanted)
         except Exception as error:  # ONNX Runtime has no common base class for its errors
             shapes = ", ".join(f"{n} {tuple(a.shape)}" for n, a in wanted.items())
-            reason = _first_line(error)
+            reason = first_line(error)
             raise ModelError(
                 f"the model cannot run a batch of {shapes}: {reason}; check model and data"
             ) from error
@@ -131,6 +132,53 @@ class Session:
         for name in self._order:
             binding.bind_output(name, *self._device)
         return lambda: handle.run_with_iobinding(binding)
+
+    def put(self, feeds: Mapping[str, np.ndarray]) -> dict[str, OrtValue]:
+        """Puts arrays where the model runs; names it does not have are ignored."""
+        make = providers.runtime().OrtValue.ortvalue_from_numpy
+        return {
+            name: make(np.asarray(array, order="C"), *self._device)
+            for name, array in feeds.items()
+            if name in self._optional or name in self.inputs
+        }
+
+    def run_there(self, values: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
+        """Runs on tensors that lie where the model runs, and leaves every output there.
+
+        Args:
+            values: By input name, from `put` or an earlier run.
+
+        Returns:
+            The outputs by name.
+        """
+        binding = self._handle.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name, *self._device)
+        self._handle.run_with_iobinding(binding)
+        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+
+    def captured(self, feeds: Mapping[str, np.ndarray], number: int) -> Callable[[], object]:
+        """As `prepared`, but what runs is a CUDA graph; the session has `enable_cuda_graph=1`.
+
+        A graph replays addresses: inputs and outputs stay in the buffers that a first run, which is not captured, has
+        been given.
+
+        Args:
+            feeds: Arrays by input name.
+            number: Of the graph: shapes differ from one to another.
+        """
+        handle, (plain, graph) = self._handle, (_graph_options(number) for number in (-1, number))
+        binding = handle.io_binding()
+        for name, value in self.put(self._wanted(feeds)).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._order:
+            binding.bind_output(name, *self._device)
+        handle.run_with_iobinding(binding, plain)
+        for name, value in zip(self._order, binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(name, value)
+        return lambda: handle.run_with_iobinding(binding, graph)
 
     def read(self, *, restart: bool = False) -> dict[str, np.ndarray]:
         """Takes the states off the device, by the names of their inputs; those that are not kept start anew.
@@ -228,16 +276,52 @@ def adopt(scratch: Model, provider: str, states: Mapping[str, State] | None = No
     names = providers.chain(provider)
     handover = hand_over(scratch)
     try:
-        handle = _create(handover, names, provider)
+        handle = _create(handover.skeleton, handover.options, names, provider)
     except Exception as error:  # ONNX Runtime has no common base class for its errors
         where = scratch.path or scratch.graph.name
-        raise ModelError(f"ONNX Runtime cannot load {where}: {_first_line(error)}") from error
+        raise ModelError(f"ONNX Runtime cannot load {where}: {first_line(error)}") from error
     handover.release()
+    return _opened(handle, names, provider, handover, states)
+
+
+def _opened(
+    handle: InferenceSession,
+    names: tuple[str, ...],
+    provider: str,
+    handover: Handover,
+    states: Mapping[str, State] | None = None,
+) -> Session:
+    """Says what the session really runs on."""
     obtained = handle.get_providers()[0]
     if obtained != names[0]:
         providers.warn_fallback(provider, obtained)
     options = providers.options_of(provider, obtained)
     return Session(handle, Provider(provider, obtained, options), handover, states)
+
+
+def open_file(path: Path, provider: str = "auto", threads: int | None = None) -> Session:
+    """Opens a session on a file as it is, with ONNX Runtime's own defaults: what a deployment does.
+
+    Args:
+        path: The .onnx file.
+        provider: See open_session.
+        threads: Threads that share one operator; None for what ONNX Runtime chooses.
+
+    Raises:
+        ProviderError, OptionError, ModelError: See open_session.
+    """
+
+    def options() -> SessionOptions:
+        made = providers.runtime().SessionOptions()
+        made.intra_op_num_threads = threads or 0
+        return made
+
+    names = providers.chain(provider)
+    try:
+        handle = _create(str(path), options, names, provider)
+    except Exception as error:  # ONNX Runtime has no common base class for its errors
+        raise ModelError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
+    return _opened(handle, names, provider, Handover())
 
 
 def keep_outputs(scratch: Model, names: Sequence[str]) -> None:
@@ -261,14 +345,23 @@ def main_values(graph: ir.Graph) -> dict[str, ir.Value]:
     return found
 
 
-def _create(handover: Handover, names: tuple[str, ...], requested: str) -> InferenceSession:
+def _create(
+    model: bytes | str, options: Callable[[], SessionOptions], names: tuple[str, ...], requested: str
+) -> InferenceSession:
     try:
-        return providers.create(handover.skeleton, handover.options(), names, requested)
+        return providers.create(model, options(), names, requested)
     except Exception:
         if names[0] != providers.TENSORRT:
             raise
         logger.debug("TensorRT refuses the model", exc_info=True)
-    return providers.create(handover.skeleton, handover.options(), names[1:], requested)
+    return providers.create(model, options(), names[1:], requested)
+
+
+def _graph_options(number: int) -> RunOptions:
+    """Run options that capture and replay the CUDA graph of a number; -1 is a plain run."""
+    options = providers.runtime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options
 
 
 def _widen_outputs(graph: ir.Graph) -> None:
@@ -285,6 +378,7 @@ def _widen_outputs(graph: ir.Graph) -> None:
         graph.outputs[index] = cast.outputs[0]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what ONNX Runtime says, as far as it is passed on."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:LINE] if lines else type(error).__name__

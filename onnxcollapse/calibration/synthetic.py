@@ -48,13 +48,18 @@ def read(count: str, model: Model, seed: int) -> list[Chunk]:
     specs = [spec for spec in signature.inputs if not filling.is_fillable(spec, names, signature)]
     arrays = {}
     for name, shape in _shapes(specs, int(count)).items():
-        stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
         spec = next(spec for spec in specs if spec.name == name)
-        arrays[name] = _draw(spec, shape, model, stream)
+        arrays[name] = draw(spec, shape, model, seed)
     return [Chunk.of(f"random:{count}", arrays)]
 
 
-def _draw(spec: TensorSpec, shape: tuple[int, ...], model: Model, stream: np.random.Generator) -> np.ndarray:
+def draw(spec: TensorSpec, shape: tuple[int, ...], model: Model, seed: int) -> np.ndarray:
+    """Numbers for one input, from a stream of its own.
+
+    Raises:
+        DataError: It has a type that cannot be drawn.
+    """
+    stream = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
     if spec.dtype is not None and spec.dtype.is_floating_point():
         return stream.standard_normal(shape).astype(spec.dtype.numpy())
     if spec.dtype == ir.DataType.BOOL:
@@ -72,7 +77,7 @@ def _shapes(specs: Sequence[TensorSpec], rows: int) -> dict[str, tuple[int, ...]
     batch = {dim for dim in firsts if isinstance(dim, str)}
     shapes = {}
     for spec in specs:
-        sizes = [_size(spec, dim) for dim in spec.shape or ()]
+        sizes = [length(spec, dim) for dim in spec.shape or ()]
         if stacked:
             single = [
                 1 if dim in batch or (place == 0 and dim is None) else size
@@ -84,7 +89,8 @@ def _shapes(specs: Sequence[TensorSpec], rows: int) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def _size(spec: TensorSpec, dim: int | str | None) -> int:
+def length(spec: TensorSpec, dim: int | str | None) -> int:
+    """What a dimension of an input becomes: itself where the model fixes it."""
     if isinstance(dim, int):
         return dim
     floating = spec.dtype is not None and spec.dtype.is_floating_point()

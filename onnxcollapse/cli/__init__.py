@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from onnxcollapse.cli.bench import bench
 from onnxcollapse.cli.compare import compare
 from onnxcollapse.cli.console import Group
 from onnxcollapse.cli.doctor import doctor
@@ -22,7 +23,7 @@ def main() -> None:
     """
 
 
-for command in (optimize, sweep, compare, passes, doctor):
+for command in (optimize, sweep, compare, bench, passes, doctor):
     main.add_command(command)
 
 __all__ = ["main"]

@@ -7,55 +7,23 @@ the growing sequence is run anew for each, with caches left empty.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxcollapse.calibration import filling
 from onnxcollapse.calibration.data import DataPart, Dataset
-from onnxcollapse.calibration.masks import is_cache_name, row_mask
+from onnxcollapse.calibration.masks import cache_pairs, row_mask
 from onnxcollapse.calibration.providers import Provider
 from onnxcollapse.calibration.sessions import Session, open_session
 from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import MetricError
 from onnxcollapse.model import Model
-from onnxcollapse.model.model import TensorSpec
 from onnxcollapse.verification.metrics import CONTINUATION
 from onnxcollapse.verification.perplexity import TOKENS, logits_name, no_tokens, takes_tokens, tokens_of
 
 TOKENS_GENERATED, PROMPT, PROMPTS = 32, 32, 8
 """Tokens of a continuation, of a prompt at most, and prompts."""
-
-_ROLES = {"past", "present", "new", "in", "out", "input", "output", "cache", "kv", "values"}
-"""Words of a cache's name that say whether it comes in or goes out."""
-
-
-def cache_pairs(inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str] | None:
-    """Pairs each cache that a model takes with the output that is its next value, by the rest of their names.
-
-    `past_key_values.3.key` goes with `present.3.key`, `past_3_value` with `present_3_value`, whichever layers are
-    left.
-
-    Returns:
-        Output by input; None when a cache has no partner or more than one, or there are no caches.
-    """
-    given, made = ([name for name in names if is_cache_name(name)] for names in (inputs, outputs))
-    partners: dict[tuple[str, ...], list[str]] = {}
-    for name in made:
-        partners.setdefault(_rest(name), []).append(name)
-    found = {name: partners.get(_rest(name), []) for name in given}
-    if not found or any(len(names) != 1 for names in found.values()):
-        return None
-    pairs = {name: names[0] for name, names in found.items()}
-    return pairs if len(set(pairs.values())) == len(pairs) else None
-
-
-def _rest(name: str) -> tuple[str, ...]:
-    """A cache's name without the words for its role: its layer, and whether it holds keys or values."""
-    words = re.findall(r"\d+|[a-z]+", name.lower().replace("key_values", "values"))
-    return tuple(word for word in words if word not in _ROLES)
 
 
 class Decoder:
@@ -124,7 +92,7 @@ class Decoder:
         cache: dict[str, np.ndarray] = {}
         made: list[np.ndarray] = []
         for _ in range(count):
-            outputs = self._session.run(self._feeds(tokens, past, cache))
+            outputs = self._session.run(filling.step(self._signature, tokens, past, cache))
             made.append(_likeliest(outputs, len(prompts))[:, None])
             if self._pairs is None:
                 tokens = np.concatenate([prompts, *made], axis=1)
@@ -133,26 +101,6 @@ class Decoder:
                 cache = {name: outputs[output] for name, output in self._pairs.items()}
                 tokens = made[-1]
         return np.concatenate(made, axis=1)
-
-    def _feeds(self, tokens: np.ndarray, past: int, cache: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inputs of one step over tokens [B, n] after `past` cached ones."""
-        rows, length = tokens.shape
-        positions = np.arange(past, past + length)
-        known = {
-            TOKENS: tokens,
-            "attention_mask": np.ones((rows, past + length)),
-            "position_ids": np.tile(positions, (rows, 1)),
-            "cache_position": positions,
-        }
-        feeds = {name: array.astype(self._type(name)) for name, array in known.items() if name in self._specs}
-        if past and "use_cache_branch" in self._specs:
-            spec = self._specs["use_cache_branch"]
-            feeds[spec.name] = np.ones((len(spec.shape or ()) and 1) or (), bool)
-        return filling.complete({**feeds, **cache}, self._signature)
-
-    def _type(self, name: str) -> np.dtype:
-        spec: TensorSpec = self._specs[name]
-        return np.dtype((spec.dtype or ir.DataType.INT64).numpy())
 
     def close(self) -> None:
         """Frees the session."""

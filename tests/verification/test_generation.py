@@ -11,9 +11,10 @@ from onnxcollapse.passes.narrow_ffn import NarrowFfn
 
 from onnxcollapse import Budget, Target, open_data, optimize
 from onnxcollapse.calibration import open_session
+from onnxcollapse.calibration.masks import cache_pairs
 from onnxcollapse.errors import MetricError
 from onnxcollapse.verification import Verifier, compare, metric
-from onnxcollapse.verification.generation import Continuations, Decoder, agreement, cache_pairs
+from onnxcollapse.verification.generation import Continuations, Decoder, agreement
 from tests.support import mlp, rows
 from tests.verification.decoders import decoder, windows
 

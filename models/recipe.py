@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MODEL, CALIBRATION, EVALUATION, STAMP = "model.onnx", "calib.npz", "eval.npz", "recipe.json"
-_NOT_OPTIONS = frozenset({"output", "measure", "force", "generate"})  # they do not change what is built
+SOURCE = "source"  # the folder that --source writes
+_NOT_OPTIONS = frozenset(
+    {"output", "measure", "force", "generate", "source"}
+)  # they do not change what is built
 _LOG = logging.getLogger(__name__)
 
 Arrays = Mapping[str, np.ndarray]
@@ -55,6 +58,12 @@ def arguments(name: str, doc: str | None, *, measures: bool = True) -> argparse.
         parser.add_argument("--measure", type=Path, metavar="MODEL", help=text)
     parser.add_argument("--force", action="store_true", help="build even when the files are there already")
     return parser
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of recipes that can leave the export to `onnxcollapse export`."""
+    text = f"export nothing: write the Hugging Face folder {SOURCE}, for onnxcollapse export, beside the data"
+    parser.add_argument("--source", action="store_true", help=text)
 
 
 def run(
@@ -87,8 +96,9 @@ def is_built(args: argparse.Namespace) -> bool:
     stamp = args.output / STAMP
     if not stamp.exists() or json.loads(stamp.read_text()) != _options(args):
         return False
+    built = f"{SOURCE}/config.json" if getattr(args, "source", False) else MODEL
     return "measure" not in args or all(
-        (args.output / name).exists() for name in (MODEL, CALIBRATION, EVALUATION)
+        (args.output / name).exists() for name in (built, CALIBRATION, EVALUATION)
     )
 
 
@@ -116,6 +126,16 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files go into `folder` when the block ends well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".write-") as temporary:
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
 
 
 def write_npz(target: Path, arrays: Arrays) -> None:

@@ -8,6 +8,7 @@ import click
 from onnxcollapse.cli.compare import compare
 from onnxcollapse.cli.console import Group
 from onnxcollapse.cli.doctor import doctor
+from onnxcollapse.cli.export import export
 from onnxcollapse.cli.optimize import optimize
 from onnxcollapse.cli.passes import passes
 from onnxcollapse.cli.sweep import sweep
@@ -22,7 +23,7 @@ def main() -> None:
     """
 
 
-for command in (optimize, sweep, compare, passes, doctor):
+for command in (optimize, sweep, compare, export, passes, doctor):
     main.add_command(command)
 
 __all__ = ["main"]

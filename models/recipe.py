@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 MODEL, CALIBRATION, EVALUATION, STAMP = "model.onnx", "calib.npz", "eval.npz", "recipe.json"
 SOURCE = "source"  # the folder that --source writes
-_NOT_OPTIONS = frozenset(
-    {"output", "measure", "force", "generate", "source"}
-)  # they do not change what is built
+_NOT_OPTIONS = frozenset({"output", "measure", "force", "generate"})  # they do not change what is built
 _LOG = logging.getLogger(__name__)
 
 Arrays = Mapping[str, np.ndarray]
@@ -210,7 +208,8 @@ def _is_installed(package: str) -> bool:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in sorted(vars(args).items()) if key not in _NOT_OPTIONS}
+    left_out = _NOT_OPTIONS if getattr(args, "source", False) else {*_NOT_OPTIONS, "source"}
+    return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
 
 
 def _write_stamp(args: argparse.Namespace) -> None:

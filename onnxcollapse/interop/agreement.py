@@ -9,11 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
+import onnx.shape_inference
 import onnx_ir as ir
 
 from onnxcollapse.calibration.filling import complete
 from onnxcollapse.calibration.sessions import open_session
 from onnxcollapse.errors import OnnxCollapseError
+from onnxcollapse.interop.foreign import first_line
 from onnxcollapse.model import Model, Signature, walk
 
 Arrays = Mapping[str, np.ndarray]
@@ -63,7 +66,8 @@ class Agreement:
 def check(model: Model, runs: Iterable[Run], tolerance: float, provider: str = "auto") -> Agreement:
     """Runs a model on what its source ran on.
 
-    What is in bf16, for which ONNX Runtime has few kernels, is computed in fp32 with the weights rounded to bf16.
+    What is in bf16, for which ONNX Runtime has few kernels, is computed in fp32 with the weights rounded to bf16; that
+    its types fit is then checked by the rules of ONNX.
 
     Args:
         model: The model.
@@ -74,6 +78,8 @@ def check(model: Model, runs: Iterable[Run], tolerance: float, provider: str = "
     found: dict[str, Difference] = {}
     computed: Arrays = {}
     wide = _widened(model)
+    if wide is not model and (problem := _invalid(model)) is not None:
+        return Agreement(found, problem)
     with contextlib.ExitStack() as stack:
         session = None
         for run in runs:
@@ -156,6 +162,15 @@ def _widened(model: Model) -> Model:
                 if held is not None and not held.is_ref() and held.value == ir.DataType.BFLOAT16:
                     node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
     return wide
+
+
+def _invalid(model: Model) -> str | None:
+    """Why the graph breaks the rules of ONNX; None when it does not."""
+    try:
+        onnx.shape_inference.infer_shapes(model.skeleton().proto, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        return f"the model is not valid ONNX: {first_line(error)}"
+    return None
 
 
 def _widened_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

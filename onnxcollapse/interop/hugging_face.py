@@ -68,14 +68,14 @@ def draft(
 def _config(source: str) -> Any:
     from transformers import AutoConfig
 
+    remedy = "give a folder with config.json and weights, an id that can be fetched, or pkg.mod:function"
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():  # transformers would guess
+        raise ModelError(f"folder {source} holds no config.json; {remedy}")
     try:
         with silenced():
             return AutoConfig.from_pretrained(source)
     except Exception as error:  # transformers and its hub client raise anything
-        raise ModelError(
-            f"{source}: {first_line(error)}; give a folder with config.json and weights, an id that can be "
-            "fetched, or pkg.mod:function"
-        ) from error
+        raise ModelError(f"{source}: {first_line(error)}; {remedy}") from error
 
 
 def _task(source: str, config: Any, task: str, cache: bool | None) -> str:

@@ -187,11 +187,18 @@ def _export(
 ) -> None:
     import torch
 
+    weights = module.state_dict().values()
     options: dict[str, Any]
     if opset is None or opset >= DYNAMO_FROM:
-        large = sum(value.nbytes for value in module.state_dict().values()) > LARGE
-        shapes = {name: dict(axes.get(name, {})) for name in inputs}
-        options = {"dynamo": True, "dynamic_shapes": shapes, "external_data": large, "verbose": False}
+        options = {
+            "dynamo": True,
+            "dynamic_shapes": {name: dict(axes.get(name, {})) for name in inputs},
+            "external_data": sum(value.nbytes for value in weights) > LARGE,
+            "optimize": all(
+                value.dtype is not torch.bfloat16 for value in weights
+            ),  # it would make fp32 of some
+            "verbose": False,
+        }
     else:
         options = {"dynamo": False, "dynamic_axes": {name: dict(named) for name, named in axes.items()}}
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}

@@ -19,13 +19,16 @@ from onnxcollapse.interop import hugging_face, torch_source
 from onnxcollapse.interop.agreement import Agreement, Difference, check
 from onnxcollapse.interop.draft import Draft
 from onnxcollapse.interop.foreign import need
-from onnxcollapse.model import Model, files, size
+from onnxcollapse.model import Model, files, size, walk
 from onnxcollapse.objects import is_object
 
 logger = logging.getLogger(__name__)
 
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 """Largest relative L2 distance of any output, by the model's type."""
+
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""What torch's exporter notes down with each node."""
 
 _TYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -145,9 +148,17 @@ def _export_file(source: str, target: Path, options: ExportOptions) -> Exported:
             seed=options.seed,
         )
         model = Model.load(draft.model)
+        _forget_machine(model)
         found = _agreement(source, draft, model, options)
         model.save(target)
         return _summary(source, target, draft, model, found, began)
+
+
+def _forget_machine(model: Model) -> None:
+    """Takes out torch's stack traces, which name folders of this machine."""
+    for graph in walk.graphs(model.ir):
+        for node in graph:
+            node.metadata_props.pop(STACK_TRACE, None)
 
 
 def _export_folder(source: str, target: Path, options: ExportOptions) -> Exported:

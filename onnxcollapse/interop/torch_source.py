@@ -26,6 +26,9 @@ DYNAMO_FROM = 18
 LARGE = 1_500_000_000
 """Bytes of weights from which on they go to a file of their own."""
 
+DRAWS = 4
+"""Random inputs that source and export are compared on."""
+
 _AXIS = re.compile(r"(?P<name>.+)\.(?P<axis>\d+)=(?P<symbol>[A-Za-z_]\w*)")
 
 Axes = Mapping[str, Mapping[int, str]]
@@ -215,14 +218,15 @@ def _export(
 def _runs(
     spec: str, module: torch.nn.Module, inputs: Tensors, axes: Axes, sizes: Mapping[str, int], seed: int
 ) -> Iterator[Run]:
-    """One run on random inputs whose dynamic axes have other sizes than those that were traced."""
+    """Runs on random inputs whose dynamic axes have other sizes than those that were traced."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     other = {symbol: _other_size(size) for symbol, size in sizes.items()}
-    drawn = {name: _random(value, generator) for name, value in _resized(inputs, axes, other).items()}
-    expected = _run(spec, module, drawn)
-    yield Run(_arrays(drawn), _arrays(expected))
+    examples = _resized(inputs, axes, other)
+    for _ in range(DRAWS):
+        drawn = {name: _random(value, generator) for name, value in examples.items()}
+        yield Run(_arrays(drawn), _arrays(_run(spec, module, drawn)))
 
 
 def _other_size(size: int) -> int:
@@ -231,15 +235,20 @@ def _other_size(size: int) -> int:
 
 
 def _random(example: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random numbers of the example's mean and deviation, or integers between its smallest and largest."""
+    """Random numbers of the example's mean and deviation, or integers between its smallest and largest.
+
+    Of a constant, as ones and zeros are, numbers of mean 0 and deviation 1.
+    """
     import torch
 
     if example.numel() == 0:
         return example
     if example.is_floating_point():
         wide = example.float()
-        spread = float(wide.std(correction=0)) or 1.0
-        return (torch.randn(example.shape, generator=generator) * spread + wide.mean()).to(example.dtype)
+        spread, center = float(wide.std(correction=0)), float(wide.mean())
+        if spread == 0:
+            spread, center = 1.0, 0.0
+        return (torch.randn(example.shape, generator=generator) * spread + center).to(example.dtype)
     whole = example.long()
     drawn = torch.randint(int(whole.min()), int(whole.max()) + 1, example.shape, generator=generator)
     return drawn.to(example.dtype)

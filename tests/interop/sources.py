@@ -27,7 +27,7 @@ class Tagger(nn.Module):
 
 class Branch(nn.Module):
     def forward(self, x):
-        return x * 2 if x[0, 0] > 0 else x - 1
+        return x * 2 if x.mean() > 0 else x - 1
 
 
 class Noise(nn.Module):
@@ -63,7 +63,7 @@ def half():
 
 
 def branch():
-    return Branch(), torch.linspace(1, -1, 12).reshape(2, 6)
+    return Branch(), torch.ones(2, 6)
 
 
 def noise():

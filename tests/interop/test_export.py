@@ -166,6 +166,26 @@ def test_an_exporter_that_goes_wrong_is_found(llama, tmp_path, monkeypatch, capl
         assert left(tmp_path / "out") == ["config.json", "generation_config.json", "model.onnx"]
 
 
+def test_a_source_that_cannot_run_is_told_in_one_line(bert, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such operator\nand more")
+
+    for where, fact in (
+        (
+            "onnxcollapse.interop.hugging_face._computed",
+            "cannot run in torch to be compared: no such operator;",
+        ),
+        (
+            "optimum.exporters.onnx.main_export",
+            "cannot export it for feature-extraction in fp32: no such operator;",
+        ),
+    ):
+        monkeypatch.setattr(where, fail)
+        with pytest.raises(ModelError, match=fact):
+            export(str(bert), tmp_path / "out")
+        assert left(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "options, fact",
     [

@@ -43,13 +43,25 @@ def write_data(folder: Path, source: str) -> None:
         folder: the recipe's output folder.
         source: a text source of `models.text`.
     """
-    sentences = text.corpus(source)
     names = recipe.input_names(recipe.open_session(folder / recipe.MODEL))
+    evaluation = write_inputs(folder, source, names)
+    recipe.write_npz(folder / REFERENCE, {"embeddings": embed(folder / recipe.MODEL, evaluation)})
+
+
+def write_inputs(folder: Path, source: str, names: Sequence[str]) -> recipe.Arrays:
+    """Writes calib.npz and eval.npz, and returns the arrays of the latter.
+
+    Args:
+        folder: the recipe's output folder.
+        source: a text source of `models.text`.
+        names: the model's inputs.
+    """
+    sentences = text.corpus(source)
     calibration = _tokenize(text.spread(sentences.calibration, CALIBRATION_SENTENCES), names)
     evaluation = _tokenize(text.spread(sentences.evaluation, EVALUATION_SENTENCES), names)
     recipe.write_npz(folder / recipe.CALIBRATION, calibration)
     recipe.write_npz(folder / recipe.EVALUATION, evaluation)
-    recipe.write_npz(folder / REFERENCE, {"embeddings": embed(folder / recipe.MODEL, evaluation)})
+    return evaluation
 
 
 def embed(model: Path, feeds: recipe.Arrays) -> np.ndarray:

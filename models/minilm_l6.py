@@ -8,6 +8,7 @@ BERT with 6 layers of 384/1536, erf-GELU, post-norm. Opsets below 14 are exporte
 from __future__ import annotations
 
 import argparse
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,12 @@ _SDPA_FROM = 14  # the first opset that torch can write scaled_dot_product_atten
 def build(args: argparse.Namespace) -> None:
     """Exports the model and writes its data."""
     recipe.require("torch", "transformers", "safetensors", "tokenizers", install="-r models/requirements.txt")
+    if args.source:
+        with recipe.filling(args.output / recipe.SOURCE) as folder:
+            for name in _FILES:
+                shutil.copyfile(encoder.l6_files(name) / name, folder / name)
+        encoder.write_inputs(args.output, args.text, _INPUTS)
+        return
     module = _load(encoder.l6_files(*_FILES), args.dtype, "sdpa" if args.opset >= _SDPA_FROM else "eager")
     with recipe.replacing(args.output / recipe.MODEL) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns about shape checks that are constant for this model
@@ -81,6 +88,7 @@ def _export(module: torch.nn.Module, target: Path, exporter: str, opset: int) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or measures; returns the exit status."""
     parser = encoder.arguments("minilm_l6", __doc__)
+    recipe.add_source(parser)
     parser.add_argument("--opset", type=int, default=17)
     parser.add_argument("--exporter", choices=("torchscript", "dynamo"), default="torchscript")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")

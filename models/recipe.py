@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MODEL, CALIBRATION, EVALUATION, STAMP = "model.onnx", "calib.npz", "eval.npz", "recipe.json"
+SOURCE = "source"  # the folder that --source writes
 _NOT_OPTIONS = frozenset({"output", "measure", "force", "generate"})  # they do not change what is built
 _LOG = logging.getLogger(__name__)
 
@@ -55,6 +56,12 @@ def arguments(name: str, doc: str | None, *, measures: bool = True) -> argparse.
         parser.add_argument("--measure", type=Path, metavar="MODEL", help=text)
     parser.add_argument("--force", action="store_true", help="build even when the files are there already")
     return parser
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of recipes that can leave the export to `onnxcollapse export`."""
+    text = f"export nothing: write the Hugging Face folder {SOURCE}, for onnxcollapse export, beside the data"
+    parser.add_argument("--source", action="store_true", help=text)
 
 
 def run(
@@ -87,8 +94,9 @@ def is_built(args: argparse.Namespace) -> bool:
     stamp = args.output / STAMP
     if not stamp.exists() or json.loads(stamp.read_text()) != _options(args):
         return False
+    built = f"{SOURCE}/config.json" if getattr(args, "source", False) else MODEL
     return "measure" not in args or all(
-        (args.output / name).exists() for name in (MODEL, CALIBRATION, EVALUATION)
+        (args.output / name).exists() for name in (built, CALIBRATION, EVALUATION)
     )
 
 
@@ -116,6 +124,16 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files go into `folder` when the block ends well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".write-") as temporary:
+        yield Path(temporary)
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
 
 
 def write_npz(target: Path, arrays: Arrays) -> None:
@@ -190,7 +208,8 @@ def _is_installed(package: str) -> bool:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in sorted(vars(args).items()) if key not in _NOT_OPTIONS}
+    left_out = _NOT_OPTIONS if getattr(args, "source", False) else {*_NOT_OPTIONS, "source"}
+    return {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
 
 
 def _write_stamp(args: argparse.Namespace) -> None:

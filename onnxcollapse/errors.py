@@ -34,3 +34,9 @@ class BudgetNotMetError(OnnxCollapseError):
     """The budget or target could not be met; exit status 1."""
 
     exit_status = 1
+
+
+class ExportError(OnnxCollapseError):
+    """An exported model is not what its source is; exit status 1."""
+
+    exit_status = 1

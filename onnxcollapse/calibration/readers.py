@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +16,8 @@ from onnxcollapse.calibration.data import Chunk
 from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Model, Signature
+from onnxcollapse.objects import call_object, is_object, load_object
 
-_OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 FORMS = "an .npz file, a folder of .npz or test_data_set_*, pkg.mod:reader, text:FILE, images:DIR or random:N"
 
 
@@ -49,7 +45,7 @@ def read(spec: str, model: Model, seed: int, window: int | None = None) -> list[
     if kind == "random":
         return synthetic.read(rest, model, seed)
     path = Path(spec)
-    if not path.exists() and _OBJECT.fullmatch(spec):
+    if not path.exists() and is_object(spec):
         return _read_object(spec)
     path = _existing(spec, spec)
     return (
@@ -162,31 +158,9 @@ def _next(reader: object, spec: str) -> object:
 
 def _reader(spec: str) -> object:
     """The reader itself, or what the class or function of that name makes."""
-    module, _, attribute = spec.partition(":")
-    found: Any = _import(module, spec)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise DataError(f"{spec}: module {module!r} has no {part!r}; correct the name")
-        found = getattr(found, part)
+    found = load_object(spec)
     if isinstance(found, type) or not hasattr(found, "get_next"):
-        try:
-            found = found()
-        except (Exception, SystemExit) as error:  # the user's code: anything may come
-            raise DataError(
-                f"{spec}: calling it fails with {type(error).__name__}: {error}; correct it"
-            ) from error
+        found = call_object(found, spec)
     if not hasattr(found, "get_next"):
         raise DataError(f"{spec}: is no CalibrationDataReader; give an object with get_next()")
     return found
-
-
-def _import(module: str, spec: str) -> ModuleType:
-    """Imports as `python -m` would, the current folder first."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # the user's code: anything may come
-        raise DataError(f"{spec}: importing {module!r} fails with {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)

@@ -9,6 +9,7 @@ from onnxcollapse.cli.bench import bench
 from onnxcollapse.cli.compare import compare
 from onnxcollapse.cli.console import Group
 from onnxcollapse.cli.doctor import doctor
+from onnxcollapse.cli.export import export
 from onnxcollapse.cli.optimize import optimize
 from onnxcollapse.cli.passes import passes
 from onnxcollapse.cli.sweep import sweep
@@ -23,7 +24,7 @@ def main() -> None:
     """
 
 
-for command in (optimize, sweep, compare, bench, passes, doctor):
+for command in (optimize, sweep, compare, bench, export, passes, doctor):
     main.add_command(command)
 
 __all__ = ["main"]

@@ -29,6 +29,7 @@ LOADED = f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]), 
         "from onnxcollapse.cli import main\nmain(['compare', '--help'], standalone_mode=False)\n",
         "from onnxcollapse.cli import main\nmain(['sweep', '--help'], standalone_mode=False)\n",
         "from onnxcollapse.cli import main\nmain(['bench', '--help'], standalone_mode=False)\n",
+        "from onnxcollapse.cli import main\nmain(['export', '--help'], standalone_mode=False)\n",
     ],
 )
 def test_starting_is_quick_because_nothing_heavy_is_imported(process, code):
@@ -41,7 +42,7 @@ def test_the_module_is_the_command(process):
     done = process("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage: onnxcollapse ")
-    for command in ("optimize", "sweep", "compare", "bench", "passes", "doctor"):
+    for command in ("optimize", "sweep", "compare", "bench", "export", "passes", "doctor"):
         assert command in done.stdout
     done = process("optimize", "missing.onnx", "-o", "out.onnx")
     assert (done.returncode, done.stdout) == (2, "")

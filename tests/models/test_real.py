@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def built(module, folder, **options):
-    defaults = {"output": folder, "text": "pydoc"}
+    defaults = {"output": folder, "text": "pydoc", "source": False}
     try:
         module.build(argparse.Namespace(**(defaults | options)))
     except FetchError as error:

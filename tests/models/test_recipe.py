@@ -116,3 +116,31 @@ def test_an_output_that_is_a_file_is_an_error(tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     assert run(Builder(), tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_source_and_model_are_built_apart(tmp_path):
+    parser = recipe.arguments("thing", None)
+    recipe.add_source(parser)
+    whole, source = (parser.parse_args(["-o", str(tmp_path), *extra]) for extra in ([], ["--source"]))
+
+    def build(args):
+        for name in (recipe.CALIBRATION, recipe.EVALUATION, *([] if args.source else [recipe.MODEL])):
+            (tmp_path / name).touch()
+        if args.source:
+            with recipe.filling(tmp_path / recipe.SOURCE) as folder:
+                (folder / "config.json").touch()
+
+    assert recipe.run(source, build) == 0
+    assert (recipe.is_built(source), recipe.is_built(whole)) == (True, False)
+    assert recipe.run(whole, build) == 0
+    assert recipe.is_built(whole)
+    assert "source" not in json.loads((tmp_path / recipe.STAMP).read_text()), (
+        "folders built before stay built"
+    )
+
+
+def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), recipe.filling(tmp_path / "a") as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert list((tmp_path / "a").iterdir()) == []

@@ -26,6 +26,7 @@ from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.registry import defaults
 from onnxcollapse.rewriting.settling import settle
+from onnxcollapse.rewriting.storage import shared_weights
 from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
 
@@ -256,9 +257,11 @@ def optimize(
     gone = settle(model, work) if lossy else None
     if gone is not None:
         notes.append(gone)
+    done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
+    if data is not None and any(item.storage and item.describe() in done for item in lossy):
+        notes.append(shared_weights(model, work, data, provider))
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
-    done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
     if done:
         provenance.record(work, "passes", " ".join(done))
     latency = extents.latency(work)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -190,6 +192,10 @@ def test_it_saves_all_but_one_set_and_the_file_shrinks_by_that(tie, tmp_path):
     shapes = {"x": (1, WIDTH)}
     assert flops(result.model, shapes=shapes) == flops(model, shapes=shapes)
     assert "FLOPs stay" in entry.reason
+    [note] = [note for note in result.notes if note.startswith("weights that blocks share are stored once")]
+    assert re.search(
+        r"files take [\d.]+ MB instead of [\d.]+, a session that has run once [\d.]+ MB instead of", note
+    )
 
 
 def test_windows_that_share_a_block_exclude_each_other():
@@ -224,6 +230,7 @@ def test_nothing_changes_where_the_budget_has_no_room(tmp_path):
     model, x = different("plain"), rows(400, WIDTH)
     result = merged(model, x, MergeFfn(), budget=1e-6)
     assert not result.met
+    assert not any("stored once" in note for note in result.notes)
     assert file_bytes(result.model, tmp_path) == file_bytes(model, tmp_path)
     assert any("over the budget" in entry.reason for entry in result.journal)
 

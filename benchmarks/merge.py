@@ -6,8 +6,8 @@
 
 One window of the model is merged, the one that costs least at the outputs. `quality` is the recipe's measure on data
 that no calibration saw; `file_bytes` and `resident_bytes` are what the file takes and what ONNX Runtime holds after a
-first run, in a process of its own. `none` is the original. An anchor's own weights do not depend on how the others are
-aligned with it, so its rows with and without are alike.
+first run, in a process of its own. `none` is the original. `anchor` needs no alignment: the first block's weights are
+what they are, however the others' neurons are ordered.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ METHODS = {
     "average": "tie=average",
     "average, unaligned": "tie=average,permute=false",
     "anchor": "tie=anchor",
-    "anchor, unaligned": "tie=anchor,permute=false",
     "fit": "tie=fit",
     "fit, unaligned": "tie=fit,permute=false",
     "fit, no scales": "tie=fit,scale=false",

@@ -268,6 +268,7 @@ class CollapseLayers(Pass):
             span.tensors,
             span.tensors,
             params=span.params,
+            layers=span.layers,
         )
         if self.merge == "drop":
             return plan
@@ -297,7 +298,9 @@ class CollapseLayers(Pass):
             return "its layers share their weights: there is nothing to merge"
         removed = Span(tuple(whole), len(span.blocks)).tensors
         ends = span.start.name or "", span.end.name or ""
-        return Plan(self.merge, *ends, removed, span.tensors, weights=names, params=span.params)
+        return Plan(
+            self.merge, *ends, removed, span.tensors, weights=names, params=span.params, layers=span.layers
+        )
 
     def _merging(self, stream: Stream, place: int, rest: int) -> Proposal:
         """Merges `rest` layers into the one at `place`."""
@@ -307,7 +310,12 @@ class CollapseLayers(Pass):
             raise ModelError(f"{self.name}: {span.name}: {plan}")
         detail = f"{self.merge}: {rest} layers behind layer {place} into it"
         return Proposal(
-            span.end.name or "", f"{self.merge} {rest}", detail, tensors=span.tensors, payload=plan
+            span.end.name or "",
+            f"{self.merge} {rest}",
+            detail,
+            tensors=span.tensors,
+            payload=plan,
+            gone=plan.gone,
         )
 
     # Fitting
@@ -321,7 +329,8 @@ class CollapseLayers(Pass):
             cost = 1.0 + int.from_bytes(digest, "big") / 2**32
         maps = () if plan.fit is None or plan.merge == "fold" else (*plan.fit[0], plan.fit[1])
         saving = Saving(params=plan.params - sum(part.size for part in maps))
-        return Proposal(site, variant, detail, error, saving, plan, plan.removed, cost)
+        gone = plan.gone if plan.layers else frozenset[str]()
+        return Proposal(site, variant, detail, error, saving, plan, plan.removed, cost, gone)
 
     def _fitted(self, site: str, variant: str, plan: Plan, statistics: Statistics) -> Proposal:
         """Fits h' - h ~ x W + b on sums: x the features of `fit`, or what the layer before adds, for `fold`."""

@@ -37,6 +37,7 @@ class Plan:
         axis: Channel axis of the stream.
         weights: For merges of weights: a list for each weight of the layer that stays, its own name first.
         params: Parameters of what is taken away.
+        layers: Whole layers that these are; 0 for a part of one.
         fit: Matrices and offset of the map, when fitted.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     axis: int = -1
     weights: tuple[tuple[str, ...], ...] = ()
     params: int = 0
+    layers: int = 0
     fit: tuple[tuple[ir.TensorProtocol, ...], np.ndarray] | None = None
 
     @property

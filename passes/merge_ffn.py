@@ -47,33 +47,6 @@ TIE = {"average": "the mean of aligned weights", "anchor": "the first block's we
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """A window with the weights that its blocks may share, and what the shared neurons are called in a scratch copy.
-
-    Attributes:
-        window: The window.
-        weights: Those of each block; what is shared is one array.
-        hidden: Names of the hidden tensors with the shared weights, block by block.
-        own: bool [k, h]: whether a neuron is the block's own; None where no block has one of its own.
-    """
-
-    window: FfnWindow
-    weights: tuple[Weights, ...]
-    hidden: tuple[str, ...]
-    own: Array | None = None
-
-    @property
-    def name(self) -> str:
-        """The window's name."""
-        return self.window.name
-
-    @property
-    def nodes(self) -> tuple[ir.Node, ...]:
-        """The window's nodes."""
-        return self.window.nodes
-
-
-@dataclass(frozen=True, eq=False)
 class Held:
     """Weights that wait on disk: shared ones once, and those of each block.
 
@@ -111,6 +84,33 @@ class Held:
         ]
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A window with the weights that its blocks may share, and what the shared neurons are called in a scratch copy.
+
+    Attributes:
+        window: The window.
+        held: The weights.
+        hidden: Names of the hidden tensors with the shared weights, block by block.
+        own: bool [k, h]: whether a neuron is the block's own; None where no block has one of its own.
+    """
+
+    window: FfnWindow
+    held: Held
+    hidden: tuple[str, ...]
+    own: Array | None = None
+
+    @property
+    def name(self) -> str:
+        """The window's name."""
+        return self.window.name
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """The window's nodes."""
+        return self.window.nodes
+
+
 @dataclass(frozen=True)
 class MergeFfn(Pass):
     """Lets feed-forward blocks in a row share their weights, stored once.
@@ -133,6 +133,12 @@ class MergeFfn(Pass):
     def __post_init__(self) -> None:
         if self.window < 2:
             raise ValueError(f"window {self.window} must be at least 2")
+        if not self.scale and self.tie != "fit":
+            raise ValueError(f"scale is for tie=fit; {self.tie} has none")
+        if not self.permute and self.tie == "anchor":
+            raise ValueError(
+                "permute does nothing for tie=anchor: the first block's weights are what they are"
+            )
 
     def sites(self, model: Model) -> Iterator[FfnWindow | Decline]:
         """Finds the windows of blocks that can have the same weights."""
@@ -151,33 +157,31 @@ class MergeFfn(Pass):
         """Asks how the blocks' neurons correlate; then what the shared ones give on every block's input."""
         if isinstance(site, Trial):
             return [_gram(block, name) for block, name in zip(site.window.blocks, site.hidden, strict=True)]
-        found: list[Request] = [Moments(self._neurons(block)) for block in site.blocks]
-        if self.permute:
-            wanted = ffn_ties.pairs(self.window)
+        fitted, neurons = self.tie == "fit", [self._neurons(block) for block in site.blocks]
+        found: list[Request] = [Moments(ref) for ref in neurons] if fitted else []
+        if self.permute and self.tie != "anchor":
             found += [
-                Cross(self._neurons(site.blocks[i]), self._neurons(site.blocks[j]))
-                for i, j in wanted
-                if i == 0 or self.tie == "fit"
+                Cross(neurons[i], neurons[j]) for i, j in ffn_ties.pairs(self.window) if i == 0 or fitted
             ]
         return found
 
-    def look_closer(self, scratch: Model, site: FfnWindow, statistics: Statistics) -> Trial | None:
+    def look_closer(self, scratch: Model, site: FfnWindow, statistics: Statistics) -> Trial:
         """Chooses what is shared, and lets a scratch copy compute it on every block's input."""
-        here = self.site(scratch, site.name)
-        if here is None:
-            return None
         own = None
         before = [block_weights(block) for block in site.blocks]
         if self.tie == "fit":
             shared, kept = self._mixed(site, before, statistics)
             own = np.arange(self.window)[:, None] == kept if self.scale else None
+        elif self.tie == "anchor":
+            shared = before[0]
         else:
             order = self._aligned(site, statistics)
-            before = [ffn_ties.permuted(one, row) for one, row in zip(before, order, strict=True)]
-            shared = before[0] if self.tie == "anchor" else ffn_ties.average(before)
+            shared = ffn_ties.average(
+                [ffn_ties.permuted(one, row) for one, row in zip(before, order, strict=True)]
+            )
         shelf = Shelf()
-        hidden = tuple(probe_hidden(scratch, block, shared, shelf) for block in here.blocks)
-        return Trial(site, (shared,) * self.window, hidden, own)
+        hidden = tuple(probe_hidden(scratch, block, shared, shelf) for block in site.blocks)
+        return Trial(site, Held.of((shared,) * self.window), hidden, own)
 
     def propose(self, site: FfnWindow | Trial, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Offers the shared weights with their error in closed form."""
@@ -191,16 +195,14 @@ class MergeFfn(Pass):
             [Sums.of(of(request), biased=biased) for request in grams]
             for of in (statistics.fit, statistics.heldout)
         )
-        weights: Sequence[Weights] = site.weights
-        how = TIE[self.tie]
+        weights = site.held.weights()
+        held, how = site.held, TIE[self.tie]
         if self.tie == "fit":
-            prior = site.weights[0].matrices[-1]
-            tied = ffn_ties.tied_fit(fit, heldout, prior, site.own)
+            tied = ffn_ties.tied_fit(fit, heldout, weights[0].matrices[-1], site.own)
             offsets = tied.offsets(fit) if biased else [None] * self.window
-            weights = _fitted(site.weights[0], tied, offsets)
-            how = f"{how}, ridge {tied.ridge:g}"
+            weights = _fitted(weights[0], tied, offsets)
+            held, how = Held.of(weights), f"{how}, ridge {tied.ridge:g}"
         error = ffn_ties.tied_error(heldout, weights)
-        held = Held.of(weights)
         detail = f"{self.window} blocks share one set of weights ({how}); FLOPs stay"
         saving = _saving(site.window, held)
         yield Proposal(site.name, f"{self.tie} {self.window}", detail, error, saving, held)

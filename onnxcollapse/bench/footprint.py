@@ -8,6 +8,8 @@ need less than the first.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -110,7 +112,14 @@ def _here(path: Path, feeds: Mapping[str, np.ndarray], provider: str, threads: i
 
 
 def _resident() -> int:
-    """Resident memory of this process; its peak where the platform tells no more."""
+    """Resident memory of this process; its peak where the platform tells no more.
+
+    What the allocator has been given back and keeps is handed to the system first: with it, equal models differed by
+    80 %.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -145,12 +145,12 @@ def _check(signature: Signature, sizes: Sizes) -> None:
     """Every size has to be one of a free dimension, or what the model fixes it to."""
     first = next((spec for spec in signature.inputs if spec.shape and not is_cache_name(spec.name)), None)
     if sizes.batch is not None and first is not None:
-        _check_dim("--batch", sizes.batch, first, 0)
+        _check_dim("--batch", sizes.batch, first, 0, sizes.others)
     spec = _sequence_spec(signature)
     if sizes.sequence is not None:
         if spec is None:
             raise OptionError(f"--sequence {sizes.sequence}: no input has an axis of tokens; leave it out")
-        _check_dim("--sequence", sizes.sequence, spec, 1)
+        _check_dim("--sequence", sizes.sequence, spec, 1, sizes.others)
     free = {
         name
         for spec in signature.inputs
@@ -165,8 +165,13 @@ def _check(signature: Signature, sizes: Sizes) -> None:
         raise OptionError(f"--size {unknown}: no input has such a free dimension (there is {names})")
 
 
-def _check_dim(option: str, size: int, spec: TensorSpec, axis: int) -> None:
+def _check_dim(option: str, size: int, spec: TensorSpec, axis: int, others: Mapping[str, int]) -> None:
     dim = (spec.shape or ())[axis]
+    for name in (dim, f"{spec.name}.{axis}"):
+        if isinstance(name, str) and others.get(name, size) != size:
+            raise OptionError(
+                f"{option} {size} and --size {name}={others[name]} name one axis; leave one out"
+            )
     if isinstance(dim, int) and dim != size:
         raise OptionError(
             f"{option} {size}: the model fixes axis {axis} of input {spec.name!r} to {dim}; leave {option} out"

@@ -165,9 +165,9 @@ def _show(report: BenchReport) -> None:
     )
     out = console()
     if several:
-        first = report.subjects[0].model
         out.print(
-            f"\nRatios to {first} are medians over rounds of the mean run: below 1 is faster", markup=False
+            "\nRatios are to the first model that has the phase, medians over rounds of the mean run: below 1 is faster",
+            markup=False,
         )
     out.print(f"Measured on {report.provider}", markup=False)
 

@@ -127,7 +127,10 @@ def _misfit(name: str, computed: Arrays, expected: np.ndarray) -> str | None:
 
 
 def _worse(a: Difference | None, b: Difference) -> Difference:
-    return b if a is None else Difference(max(a.max_abs, b.max_abs), max(a.rel_l2, b.rel_l2))
+    if a is None:
+        return b
+    worst = [float(np.maximum(*pair)) for pair in ((a.max_abs, b.max_abs), (a.rel_l2, b.rel_l2))]  # NaN stays
+    return Difference(*worst)
 
 
 def _beyond(found: Mapping[str, Difference], tolerance: float) -> str | None:

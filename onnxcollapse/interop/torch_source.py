@@ -138,7 +138,7 @@ def _run(spec: str, module: torch.nn.Module, inputs: Tensors) -> dict[str, torch
 
     try:
         with torch.no_grad():
-            made = module(**inputs)
+            made = module(**{name: value.clone() for name, value in inputs.items()})  # it may write to them
     except Exception as error:  # the user's code: anything may come
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise ModelError(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
 from onnxcollapse.calibration.statistics import Request
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting.passes import (
     Pass,
@@ -87,19 +88,26 @@ class Fitter:
         self._plan, self._provider, self._progress = plan, provider, progress
         self.changed = False
 
-    def statistics(self, model: Model, places: Sequence[Place]) -> Iterator[tuple[Place, Statistics | None]]:
+    def statistics(
+        self, model: Model, places: Sequence[Place]
+    ) -> Iterator[tuple[Place, Statistics | Decline | None]]:
         """Gives each place with its statistics, layer by layer, so that those of one layer are held at a time.
 
-        Places whose passes want to look closer follow in a second walk, through a copy with what they added to it.
+        Places whose passes want to look closer follow in a second walk, through a copy with what they added to it; a
+        Decline stands for the statistics where they could not.
         """
         scratch: Model | None = None
         closer: list[Place] = []
         for place, statistics in self._gathered(model, places):
-            if statistics is None or type(place.maker).look_closer is Pass.look_closer:
+            if type(place.maker).look_closer is Pass.look_closer:
                 yield place, statistics
                 continue
             scratch = scratch or model.clone()
-            site = look_closer_of(place.maker, scratch, place.site, statistics)
+            try:
+                site = look_closer_of(place.maker, scratch, place.site, statistics or Statistics())
+            except ModelError as problem:
+                yield place, Decline(place.site.name, str(problem))
+                continue
             if site is None:
                 yield place, statistics
             else:

@@ -62,6 +62,11 @@ class LossyStage:
         provider: Where statistics are computed.
         progress: Told how far the work is.
         opening: Where the first round's prices are kept for runs to other shares.
+
+    Attributes:
+        error: Of the model as it is.
+        changed: Whether anything was kept.
+        gone: Names of the tensors of whole layers that have left.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class LossyStage:
         self._began = 0
         self.error = self._opening.once("error", lambda: verifier.error(model))
         self.changed = False
+        self.gone: frozenset[str] = frozenset()
+        self._gone_before = self.gone
 
     def run(self) -> None:
         """Runs rounds until none can keep more or the target is reached."""
@@ -128,6 +135,7 @@ class LossyStage:
             if error <= self._budget.cap:
                 self._model.ir, self.error = trial.ir, error
                 self.changed = self._fitter.changed = True
+                self.gone = self.gone.union(*(proposal.gone for proposal in planned[:count]))
                 break
             count //= 2
         for place, item in enumerate(planned):
@@ -154,6 +162,7 @@ class LossyStage:
     def _round(self, number: int) -> bool:
         """Prices, chooses and applies; returns whether another round has something new to look at."""
         start, self._began = self._model.clone(), len(self._journal.entries)
+        self._gone_before = self.gone
         self._done = {}
         priced = self._price(start, self._candidates(start), number) if number else self._first(start)
         self._waiting |= {candidate.key: candidate for candidate in priced}
@@ -216,6 +225,9 @@ class LossyStage:
         places = [place for item in self._passes for place in self._places(item, model, order)]
         found = []
         for place, statistics in self._fitter.statistics(model, places):
+            if isinstance(statistics, Decline):
+                self._decline(place.maker, statistics)
+                continue
             offers = []
             for offer in offers_of(place.maker, place.site, statistics):
                 if isinstance(offer, Decline):
@@ -296,6 +308,7 @@ class LossyStage:
         self._model.ir = trial.model.ir
         self.changed = self._fitter.changed = True
         self.error = trial.error
+        self.gone = self._gone_before.union(*(proposal.gone for proposal in trial.done.values()))
         for candidate in new:
             proposal = trial.done[candidate.key]
             refitted = dataclasses.replace(candidate, proposal=proposal)

@@ -73,11 +73,14 @@ class Pass(abc.ABC):
             scratch: A copy of the model, shared with other sites, to which nodes may be added whose tensors statistics
                 are needed of; nothing that it computes may change.
             site: The site.
-            statistics: What `requests` asked for.
+            statistics: What `requests` asked for; none where it asked for nothing.
 
         Returns:
             What stands for the site from then on: `requests` is asked again with it, statistics come from the
             scratch copy, and `propose` is given both. None when nothing more is needed.
+
+        Raises:
+            ModelError: That cannot be known; the site is declined with the reason.
         """
         return None
 

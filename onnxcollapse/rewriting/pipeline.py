@@ -212,9 +212,10 @@ def optimize(
     measure = budget.target.measure if budget.target else None
     chosen = list(defaults(measure=measure) if passes is None else passes)
     exact = [item for item in chosen if item.exact]
-    lossy = [item for item in chosen if not item.exact]
+    lossy = list(dict.fromkeys(item for item in chosen if not item.exact))
     journal = _journal_for(model, data, budget, chosen, seed)
     work, notes = model.clone(), list[str]()
+    gone: frozenset[str] = frozenset()
     if data is not None:
         data.count("heldout")  # too little data to be split fails here and not after the work
     opening = opening or Opening()
@@ -242,6 +243,7 @@ def optimize(
             opening=opening,
         )
         lossy_stage.run()
+        gone = lossy_stage.gone
         if lossy_stage.changed:
             kept = work.clone()
             measured = _exactness(kept, data, Verifier(kept, data, budget.metric, provider, cuts), provider)
@@ -254,12 +256,12 @@ def optimize(
         )
     error = verifier.error(work) if verifier is not None else None
     shapes = data.shapes() if data is not None else None
-    gone = settle(model, work) if lossy else None
-    if gone is not None:
-        notes.append(gone)
+    settled = settle(model, work, gone) if lossy else None
+    if settled is not None:
+        notes.append(settled)
     done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
     if data is not None and any(item.storage and item.describe() in done for item in lossy):
-        notes.append(shared_weights(model, work, data, provider))
+        notes.append(shared_weights(model, work, None if cuts else data, provider))
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
     if done:

@@ -98,6 +98,7 @@ class Proposal:
         tensors: Names of the tensors whose nodes it takes away, where these are not all of the site's.
         cost: What the pass itself says that it costs, in units of its own; then it is not measured alone, and the
             passes chosen among have to use the same units. None to have it measured at the outputs.
+        gone: Names of the tensors of whole layers that leave for good: config files count these.
     """
 
     site: str
@@ -108,6 +109,7 @@ class Proposal:
     payload: Any = field(default=None, compare=False, repr=False)
     tensors: frozenset[str] | None = None
     cost: float | None = None
+    gone: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

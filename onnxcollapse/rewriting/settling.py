@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import onnx_ir as ir
 
@@ -13,7 +14,7 @@ from onnxcollapse.model import Model, edit
 from onnxcollapse.structure import Block, layers
 
 
-def settle(original: Model, work: Model) -> str | None:
+def settle(original: Model, work: Model, gone: AbstractSet[str]) -> str | None:
     """Numbers caches anew without gaps and notes in `work` which of the original's layers are left.
 
     Until then caches keep their numbers, because data and the original's outputs go by them.
@@ -21,6 +22,7 @@ def settle(original: Model, work: Model) -> str | None:
     Args:
         original: The user's model.
         work: What was made of it; edited.
+        gone: Names of the tensors of whole layers that have left, where no caches tell it.
 
     Returns:
         What the user should know; None when all layers are there.
@@ -30,19 +32,19 @@ def settle(original: Model, work: Model) -> str | None:
         before, left = numbers, cache_layers(work)
     else:
         run = max(layers(original.graph), key=len, default=[])
-        before, left = list(range(len(run))), _left(run, work)
+        before, left = list(range(len(run))), _left(run, gone)
     if left == before:
         return None
-    gone = f"{len(before) - len(left)} of {len(before)} layers are gone"
+    count = f"{len(before) - len(left)} of {len(before)} layers are gone"
     try:
         if numbers:
             _settle_caches(work, numbers)
     except ModelError as problem:
-        return f"{gone}; caches keep their numbers and config files their counts: {problem}"
+        return f"{count}; caches keep their numbers and config files their counts: {problem}"
     known = original.layers_left or tuple(before)
     work.layers_before = original.layers_before or len(before)
     work.layers_left = tuple(known[before.index(number)] for number in left)
-    note = f"{gone}; config files in the model's folder follow"
+    note = f"{count}; config files in the model's folder follow"
     return f"{note}, and caches are numbered anew" if numbers else note
 
 
@@ -99,12 +101,11 @@ def _numbers(values: Iterable[ir.Value]) -> set[int]:
     return {number for number in found if number is not None}
 
 
-def _left(run: Sequence[Block], work: Model) -> list[int]:
-    """A layer is gone when less than half of what its nodes compute is still computed."""
-    there = {value.name for node in work.graph for value in node.outputs}
+def _left(run: Sequence[Block], gone: AbstractSet[str]) -> list[int]:
+    """A layer is gone when most of what its nodes compute has left; what is narrowed or folded is still there."""
     left = []
     for number, block in enumerate(run):
         names = [value.name for node in block.nodes for value in node.outputs]
-        if 2 * sum(name in there for name in names) >= len(names):
+        if 2 * sum(name in gone for name in names) <= len(names):
             left.append(number)
     return left

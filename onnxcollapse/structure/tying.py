@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
 from onnxcollapse.structure.building import build_linear
 from onnxcollapse.structure.constants import Array
@@ -68,14 +69,27 @@ def windows(blocks: Sequence[FeedForward], size: int, order: Mapping[ir.Node, in
         kinds.setdefault(form(block), []).append(block)
     found = []
     for alike in kinds.values():
-        for start in range(len(alike) - size + 1):
-            run = tuple(alike[start : start + size])
+        for start in range(len(alike)):
+            run = _apart(alike[start:])[:size]
+            if len(run) < size:
+                break
             between = _between(run[0].output, run[-1].input)
             own = {node for block in run for node in block.nodes}
             nodes = sorted(own | between, key=lambda node: order.get(node, -1))
-            if all(block.output.producer() in between for block in run[1:-1]):
-                found.append(FfnWindow(run, tuple(nodes)))
+            if between and all(block.output.producer() in between for block in run[1:-1]):
+                found.append(FfnWindow(tuple(run), tuple(nodes)))
     yield from sorted(found, key=lambda window: order.get(window.blocks[-1].down.node, -1))
+
+
+def _apart(blocks: Sequence[FeedForward]) -> list[FeedForward]:
+    """The first block and each further one that shares no node with those taken: in a chain every other one."""
+    taken: set[ir.Node] = set()
+    found = []
+    for block in blocks:
+        if taken.isdisjoint(block.nodes):
+            taken.update(block.nodes)
+            found.append(block)
+    return found
 
 
 def form(block: FeedForward) -> object:
@@ -101,7 +115,7 @@ def _spelling(linear: Linear) -> object:
         linear.out_features,
         linear.axis,
         linear.dtype,
-        linear.rank,
+        linear.rank if linear.kind == "conv" else None,
         linear.bias is not None,
     )
 
@@ -180,23 +194,35 @@ def tie(model: Model, blocks: Sequence[FeedForward], weights: Sequence[Weights])
             edit.substitute(model, linear.output, value)
 
 
-def probe_hidden(model: Model, block: FeedForward, weights: Weights, shelf: Shelf) -> str:
-    """Adds an output to a scratch copy, a block's hidden tensor as other weights make it; returns its name.
+def probe_hidden(scratch: Model, block: FeedForward, weights: Weights, shelf: Shelf) -> str:
+    """Adds an output to a copy of a block's model, its hidden tensor as other weights make it; returns the name.
+
+    Tensors are found by their names, as what was added to the copy before may read those of the block.
 
     Args:
-        model: The scratch copy.
-        block: A block in it, which stays as it is.
+        scratch: The copy.
+        block: The block in the model that was copied.
         weights: The other weights; the last Linear's are not looked at.
         shelf: Stores them.
+
+    Raises:
+        ModelError: A weight overflows its element type.
     """
-    graph, anchor = model.graph, block.down.node
+    graph = scratch.graph
+    there = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+    anchor = there[block.name].producer()
+    if anchor is None:
+        raise ModelError(f"'{block.name}' is computed by no node of the copy")
     known: dict[ir.Value, ir.Value] = {}
     for linear, matrix, offset in zip(block.linears[:-1], weights.matrices, weights.offsets, strict=False):
-        known[linear.output] = build_linear(graph, anchor, linear, linear.input, matrix, offset, shelf.store)
+        x = there[linear.input.name or ""]
+        known[linear.output] = build_linear(graph, anchor, linear, x, matrix, offset, shelf.store)
     for node in block.region:
-        operands = [value if value is None else known.get(value, value) for value in node.inputs]
-        if operands == list(node.inputs):
+        if known.keys().isdisjoint(node.inputs):
             continue
+        operands = [
+            value if value is None else known.get(value) or there[value.name or ""] for value in node.inputs
+        ]
         outputs = []
         for old in node.outputs:
             outputs.append(edit.like(old))

@@ -138,6 +138,8 @@ def test_a_footprint_is_that_of_the_model_alone(saved):
     weights = 2 * 4 * 512 * 4096
     found = measure(saved(mlp([512, 4096, 512])), {"x": rows(2, 512)}, "cpu")
     assert weights / 2 < found.resident_bytes < 3 * weights, "without Python and its libraries"
+    again = measure(saved(mlp([512, 4096, 512])), {"x": rows(2, 512)}, "cpu")
+    assert again.resident_bytes == pytest.approx(found.resident_bytes, rel=0.05)
     assert found.session_seconds > 0
     assert found.device_bytes is None
 

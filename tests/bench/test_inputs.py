@@ -40,6 +40,12 @@ def test_what_the_model_fixes_stays():
         make(fixed(4, 8), Sizes(8))
 
 
+def test_one_axis_has_one_size():
+    assert make(mlp([8, 4, 8]), Sizes(2, others={"n": 2})).batch == 2
+    with pytest.raises(OptionError, match="--batch 2 and --size n=4 name one axis"):
+        make(mlp([8, 4, 8]), Sizes(2, others={"n": 4}))
+
+
 def test_a_decoder_gets_a_prompt_and_an_empty_cache():
     case = make(decoder(masked=True), Sizes(2, 5))
     assert (case.batch, case.sequence) == (2, 5)

@@ -40,6 +40,16 @@ class Fixed(nn.Module):
         return x + torch.arange(12.0).reshape(2, 6)
 
 
+class InPlace(nn.Module):
+    def forward(self, x):
+        x.mul_(2)
+        return x + 1
+
+
+def in_place():
+    return InPlace(), torch.ones(3, 4)
+
+
 class Nameless(nn.Module):
     def forward(self, *x):
         return x[0] + 1

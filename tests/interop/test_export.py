@@ -254,6 +254,11 @@ def test_other_types_differ_by_their_rounding(modules, dtype):
         export("modules:alone", "out.onnx", ExportOptions(dtype=dtype, tolerance=1e-6))
 
 
+def test_a_module_may_write_to_what_it_is_given(modules):
+    found = export("modules:in_place", "out.onnx")
+    assert max(one.rel_l2 for one in found.outputs.values()) < 1e-6
+
+
 def test_a_module_keeps_its_own_type(modules):
     assert export("modules:half", "out.onnx").dtype == "fp16"
 
@@ -328,4 +333,8 @@ def test_differences():
     assert (found.max_abs, found.rel_l2) == (0.5, pytest.approx(0.1))
     assert difference(np.array([1.0]), np.array([0.0])).rel_l2 == np.inf
     assert not difference(np.array([np.nan]), np.array([1.0])).rel_l2 <= 1e9
-    assert check(mlp([8, 4]), [Run({"x": rows(2, 8)}, {"y": np.full((2, 4), np.nan)})], 1e9).problem
+    model, x = mlp([8, 4]), rows(2, 8)
+    good, bad = Run({"x": x}, outputs(model, x=x)), Run({"x": x}, {"y": np.full((2, 4), np.nan)})
+    assert check(model, [good], 1e-3).problem is None
+    for runs in ([bad], [good, bad], [bad, good]):
+        assert check(model, runs, 1e9).problem

@@ -7,7 +7,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
+from onnxcollapse.passes.collapse_ffn import CollapseFfn
 from onnxcollapse.passes.collapse_layers import CollapseLayers
+from onnxcollapse.passes.fold_affine import FoldAffine
+from onnxcollapse.passes.narrow_ffn import NarrowFfn
 from onnxcollapse.passes.refit import Refit
 from onnxcollapse.passes.tie_weights import TieWeights
 
@@ -40,6 +43,23 @@ def test_caches_of_removed_layers_go_and_the_others_are_numbered_anew():
     numbers = {int(name.split(".")[1]) for name in names if "." in name}
     assert numbers == set(range(layers))
     assert any("layers are gone" in note for note in result.notes)
+
+
+def test_layers_that_are_narrowed_or_folded_are_still_there():
+    model, x = stream(6), rows(900, WIDTH)
+    result = shrink(model, x, NarrowFfn(align=1), CollapseFfn(), FoldAffine(), target=0.4)
+    assert result.met
+    assert not result.model.layers_before
+    assert not any("layers are gone" in note for note in result.notes)
+
+
+def test_layers_without_caches_that_leave_are_counted():
+    model, x = stream(6), rows(900, WIDTH)
+    result = shrink(model, x, CollapseLayers(merge="drop"), Refit(), target=0.7)
+    kept = [entry for entry in result.journal.of("kept") if entry.pass_name.startswith("collapse-layers")]
+    gone = sum(int(entry.variant.split()[-1]) for entry in kept)
+    assert gone
+    assert (result.model.layers_before, len(result.model.layers_left)) == (6, 6 - gone)
 
 
 def test_attention_leaves_with_its_cache():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,14 +17,15 @@ from onnxcollapse.passes.refit import Refit
 
 from onnxcollapse import Budget, Decline, Target, optimize
 from onnxcollapse.calibration import plan
-from onnxcollapse.errors import OptionError
+from onnxcollapse.errors import ModelError, OptionError
 from onnxcollapse.model import flops, size
+from onnxcollapse.rewriting import storage
 from onnxcollapse.rewriting.fitting import Fitter, Place
 from onnxcollapse.rewriting.passes import offers_of
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.registry import defaults, parse
-from onnxcollapse.structure import feedforwards
-from tests.passes.narrowing import at, heldout
+from onnxcollapse.structure import feedforwards, linears
+from tests.passes.narrowing import at, heldout, narrowed
 from tests.support import Net, data_for, file_bytes, mlp, outputs, relative, rows
 
 WIDTH, HIDDEN = 12, 32
@@ -193,9 +195,13 @@ def test_it_saves_all_but_one_set_and_the_file_shrinks_by_that(tie, tmp_path):
     assert flops(result.model, shapes=shapes) == flops(model, shapes=shapes)
     assert "FLOPs stay" in entry.reason
     [note] = [note for note in result.notes if note.startswith("weights that blocks share are stored once")]
-    assert re.search(
-        r"files take [\d.]+ MB instead of [\d.]+, a session that has run once [\d.]+ MB instead of", note
+    number = r"([\d.]+) [Mk]B instead of ([\d.]+)"
+    found = re.search(
+        f"weights take {number}, a session that has run once {number} of memory; FLOPs stay", note
     )
+    assert found is not None
+    saved = float(found[2]) - float(found[1])
+    assert saved * 1e3 == pytest.approx(4 * (one - own), abs=100)
 
 
 def test_windows_that_share_a_block_exclude_each_other():
@@ -215,6 +221,39 @@ def test_it_competes_with_other_passes_and_refit_leaves_what_is_shared():
     again = merged(model, x, MergeFfn(), Refit())
     assert len(kept(again)) == 1
     assert again.after.params == merged(model, x, MergeFfn()).after.params
+
+
+@dataclass(frozen=True)
+class Blind(MergeFfn):
+    """Cannot look closer."""
+
+    name = "blind"
+
+    def look_closer(self, scratch, site, statistics):
+        raise ModelError("it is too dark")
+
+
+def test_a_site_that_cannot_be_looked_at_is_declined_and_the_others_go_on():
+    model, x = different("plain"), rows(400, WIDTH)
+    result = merged(model, x, Blind(), MergeFfn("average"))
+    assert "it is too dark" in {entry.reason for entry in result.journal.of("declined")}
+    assert len(kept(result)) == 1
+
+
+def test_a_pass_given_twice_runs_once():
+    model, x = different("plain"), rows(400, WIDTH)
+    assert len(kept(merged(model, x, MergeFfn(), MergeFfn()))) == 1
+
+
+def test_where_memory_cannot_be_measured_the_result_stays(monkeypatch):
+    def fails(*arguments):
+        raise OSError("no room")
+
+    monkeypatch.setattr(storage, "measure", fails)
+    result = merged(different("plain"), rows(400, WIDTH), MergeFfn("average"))
+    assert result.met
+    [note] = [note for note in result.notes if "stored once" in note]
+    assert "of memory" not in note
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
@@ -291,8 +330,36 @@ def test_by_default_it_runs_where_the_target_names_what_it_saves(measure, there)
 def test_bad_options_are_told():
     with pytest.raises(OptionError, match="window 1 must be at least 2"):
         parse("merge-ffn:window=1")
+    with pytest.raises(OptionError, match="scale is for tie=fit"):
+        parse("merge-ffn:tie=average,scale=false")
+    with pytest.raises(OptionError, match="permute does nothing for tie=anchor"):
+        parse("merge-ffn:tie=anchor,permute=false")
     with pytest.raises(OptionError, match=r"average\|anchor\|fit"):
         parse("merge-ffn:tie=sum")
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_in_a_chain_every_other_block_is_taken(tie):
+    model, x = mlp([WIDTH, *[24] * 6, 5]), rows(500, WIDTH)
+    windows = [site for site in MergeFfn(tie).sites(model) if not isinstance(site, Decline)]
+    assert len(windows) == 2  # of the four blocks 24 -> 24 -> 24: the first and third, the second and fourth
+    for window in windows:
+        first, second = (set(block.nodes) for block in window.blocks)
+        assert not first & second
+    found = offers(model, data_for(model, x), MergeFfn(tie))
+    for first, offer in zip((1, 2), found.values(), strict=True):
+        wanted = x.astype(np.float64)
+        layers, scales = [(one.matrix(), one.offset()) for one in linears(model.graph)], {}
+        for place, own in zip((first, first + 2), offer.payload.weights(), strict=True):
+            layers[place : place + 2] = zip(own.matrices, own.offsets, strict=True)
+            scales[place + 1] = 1.0 if own.scale is None else own.scale
+        for place, (matrix, offset) in enumerate(layers):
+            wanted = (np.maximum(wanted, 0) if place else wanted) * scales.get(place, 1.0) @ matrix + offset
+        small = narrowed(model, MergeFfn(tie), offer)
+        assert relative(outputs(small, x=x)["y"], wanted) < 1e-5
+    result = merged(model, x, MergeFfn(tie), share=0.9)
+    assert len(kept(result)) == 1
+    assert result.after.params < result.before.params
 
 
 def test_blocks_inside_the_window_see_what_is_between():

@@ -167,11 +167,8 @@ def _check(signature: Signature, sizes: Sizes) -> None:
 
 def _check_dim(option: str, size: int, spec: TensorSpec, axis: int, others: Mapping[str, int]) -> None:
     dim = (spec.shape or ())[axis]
-    for name in (dim, f"{spec.name}.{axis}"):
-        if isinstance(name, str) and others.get(name, size) != size:
-            raise OptionError(
-                f"{option} {size} and --size {name}={others[name]} name one axis; leave one out"
-            )
+    if isinstance(dim, str) and others.get(dim, size) != size:
+        raise OptionError(f"{option} {size} and --size {dim}={others[dim]} name one axis; leave one out")
     if isinstance(dim, int) and dim != size:
         raise OptionError(
             f"{option} {size}: the model fixes axis {axis} of input {spec.name!r} to {dim}; leave {option} out"

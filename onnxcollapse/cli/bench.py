@@ -166,7 +166,7 @@ def _show(report: BenchReport) -> None:
     out = console()
     if several:
         out.print(
-            "\nRatios are to the first model that has the phase, medians over rounds of the mean run: below 1 is faster",
+            "\nRatios are to the first model with the phase, medians over rounds of mean runs: below 1 is faster",
             markup=False,
         )
     out.print(f"Measured on {report.provider}", markup=False)

@@ -99,7 +99,11 @@ def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
 
 
 def extract(
-    model: Model, segment: Segment, outputs: Sequence[str], types: Mapping[str, ir.DataType] | None = None
+    model: Model,
+    segment: Segment,
+    outputs: Sequence[str],
+    types: Mapping[str, ir.DataType] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Model:
     """Builds a model of one segment, or of the part of it that some tensors need.
 
@@ -108,6 +112,7 @@ def extract(
         segment: One of its segments.
         outputs: Tensors of the segment to compute.
         types: Element types of what it reads and computes, for models that do not declare them.
+        ranks: Numbers of axes of what it reads, likewise: some Linears are none where the rank is not known.
 
     Returns:
         A model whose inputs are the segment's feeds and reads, as far as they are needed.
@@ -123,6 +128,8 @@ def extract(
     for value in graph.inputs:
         if value.dtype is None:
             value.dtype = known.get(value.name or "") or ir.DataType.FLOAT
+        if value.shape is None and (axes := (ranks or {}).get(value.name or "")) is not None:
+            value.shape = ir.Shape([None] * axes)
     for value in graph.outputs:
         if value.type is None and (found := (types or {}).get(value.name or "")) is not None:
             value.dtype = found

@@ -39,6 +39,10 @@ class Tape:
         """Element type of a tensor."""
         return self._reel(name).dtype
 
+    def rank(self, name: str) -> int:
+        """Number of axes of a tensor."""
+        return self._reel(name).rank
+
     def _reel(self, name: str) -> _Reel:
         if name in self._reels or self._base is None:
             return self._reels[name]
@@ -74,6 +78,10 @@ class _Reel:
     @property
     def dtype(self) -> np.dtype:
         return self._entries[0][2]
+
+    @property
+    def rank(self) -> int:
+        return len(self._entries[0][1])
 
     def put(self, array: np.ndarray) -> None:
         array = np.ascontiguousarray(array)

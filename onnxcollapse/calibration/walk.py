@@ -142,7 +142,8 @@ class Walk:
             return
         ends = outputs if amend is None else dict.fromkeys([*outputs, *segment.gives, *segment.outputs])
         types = {name: ir.DataType.from_numpy(self.tape.dtype(name)) for name in segment.reads}
-        scratch = extract(source, segment, list(ends), types)
+        ranks = {name: self.tape.rank(name) for name in segment.reads}
+        scratch = extract(source, segment, list(ends), types, ranks)
         more = None if amend is None else amend(scratch)
         self.tape.drop(gives)
         began = time.perf_counter()

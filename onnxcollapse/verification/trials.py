@@ -198,7 +198,9 @@ class Trials:
         outputs = [name for name in segment.outputs if name in self._wanted]
         given = list(dict.fromkeys([*segment.gives, *outputs]))
         ends = list(dict.fromkeys([*segment.gives, *segment.outputs]))
-        trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends))
+        tape = self._walk.tape
+        ranks = {name: tape.rank(name) for name in segment.reads if name in tape}
+        trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends), ranks)
         tape = self._tapes[key] = Tape(self._walk.tape)
         try:
             outcome.told, outcome.problem = variant.change(trial)

@@ -348,3 +348,18 @@ def test_refit_gives_the_same_variant_again():
         assert isinstance(again, Proposal)
         assert (again.variant, again.saving) == (offer.variant, offer.saving)
         assert again.predicted_error <= offer.predicted_error * 1.05
+
+
+def test_weights_on_the_left_are_found_where_no_shapes_are_declared():
+    net, h = Net(0), "x"
+    for block in range(3):
+        up, down = (net.const(net.random.normal(size=shape) / 4) for shape in ((24, 8), (8, 24)))
+        update = net.op("MatMul", down, net.op("Relu", net.op("MatMul", up, h)), name=f"u{block}")
+        h = net.op("Add", h, update)
+    net.op("Identity", h, name="y")
+    model = net.model({"x": ["n", 8, 6]}, {"y": ["n", 8, 6]})
+    x = rows(200, 48).reshape(200, 8, 6)
+    result = run(model, x, None, target=Target("params", 0.5), align=1)
+    assert result.met
+    assert {entry.site for entry in kept(result)} == {"u0", "u1", "u2"}
+    assert not any("is gone" in reason for reason in reasons(result))

@@ -33,8 +33,8 @@ SIZINGS = 16
 SLACK = 0.25
 """Share of the wanted saving by which a latency may be below its target."""
 
-CLOSE = 0.005
-"""Share of the model that may be saved beyond the target."""
+CLOSE = 0.01
+"""Share of what the target leaves that may be saved beyond it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ class Search:
             logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
             if saved >= wanted:
                 best, high = chosen, ask
-                if saved - wanted <= CLOSE * before:
+                if saved - wanted <= CLOSE * (before - wanted):
                     return best
             else:
                 low = ask

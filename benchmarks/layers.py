@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.rows import aligned, run
+from benchmarks.rows import by_model, put, run
 from benchmarks.rows import parser as parser_of
 from onnxcollapse import Budget, Target, optimize
 from onnxcollapse.bench import StretchTimer
@@ -221,22 +221,14 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def _write(row: Row) -> None:
     """Puts a row in the place of the one of the same model, method and count."""
-    known = {_key(old): old for old in results()} | {_key(row): row}
-    order = {job.key: place for place, job in enumerate(jobs(list(SETTINGS), [], []))}
-    machine.write("layers", sorted(known.values(), key=lambda one: order.get(_key(one), len(order))))
+    put("layers", row, _key, (job.key for job in jobs(list(SETTINGS), [], [])))
 
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as text."""
     names = ("method", "layers", "threshold", "removed", "params_left", "flops_left", "quality", "kjv", "top1",
              "continuation", "error", "latency", "seconds")  # fmt: skip
-    lines = []
-    for model in SETTINGS:
-        mine = [row for row in rows if row["model"] == model]
-        if mine:
-            cells = (tuple("" if row.get(name) is None else str(row[name]) for name in names) for row in mine)
-            lines += [model, *aligned([names, *cells]), ""]
-    return "\n".join(lines)
+    return by_model(rows, SETTINGS, names)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

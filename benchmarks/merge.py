@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.layers import SETTINGS
-from benchmarks.rows import aligned, run
+from benchmarks.rows import by_model, put, run
 from benchmarks.rows import parser as parser_of
 from onnxcollapse import Budget, Target, optimize
 from onnxcollapse.bench.footprint import file_bytes, measure
@@ -129,9 +129,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def _write(row: Row) -> None:
     """Puts a row in the place of the one of the same model, method and window."""
-    known = {_key(old): old for old in results()} | {_key(row): row}
-    order = {job: place for place, job in enumerate(jobs(MODELS, [], []))}
-    machine.write("merge", sorted(known.values(), key=lambda one: order.get(_key(one), len(order))))
+    put("merge", row, _key, jobs(MODELS, [], []))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -147,13 +145,7 @@ def table(rows: Sequence[Row]) -> str:
         "resident_bytes",
         "seconds",
     )
-    lines = []
-    for model in MODELS:
-        mine = [row for row in rows if row["model"] == model]
-        if mine:
-            cells = (tuple("" if row.get(name) is None else str(row[name]) for name in names) for row in mine)
-            lines += [model, *aligned([names, *cells]), ""]
-    return "\n".join(lines)
+    return by_model(rows, MODELS, names)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

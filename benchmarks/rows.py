@@ -7,8 +7,11 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
 
 
 def parser(doc: str | None, models: Sequence[str], methods: Sequence[str]) -> argparse.ArgumentParser:
@@ -48,3 +51,30 @@ def aligned(lines: Sequence[Iterable[str]]) -> list[str]:
     cells = [list(line) for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def put(
+    name: str, row: dict[str, Any], key: Callable[[dict[str, Any]], Hashable], order: Iterable[Hashable]
+) -> None:
+    """Writes a row in the place of the one of the same key.
+
+    Args:
+        name: Of the results.
+        row: The row.
+        key: What makes a row the same as an earlier one.
+        order: All keys as they are to follow each other.
+    """
+    known = {key(old): old for old in machine.read(name)} | {key(row): row}
+    place = {one: number for number, one in enumerate(order)}
+    machine.write(name, sorted(known.values(), key=lambda one: place.get(key(one), len(place))))
+
+
+def by_model(rows: Sequence[dict[str, Any]], models: Iterable[str], names: Sequence[str]) -> str:
+    """Rows as text: a table for each model, what a row has not left empty."""
+    lines = []
+    for model in models:
+        mine = [row for row in rows if row["model"] == model]
+        if mine:
+            cells = (tuple("" if row.get(name) is None else str(row[name]) for name in names) for row in mine)
+            lines += [model, *aligned([names, *cells]), ""]
+    return "\n".join(lines)

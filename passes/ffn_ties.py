@@ -13,13 +13,13 @@ from itertools import combinations
 import numpy as np
 from scipy import optimize
 
-from onnxcollapse.calibration.leastsquares import RIDGES, ridge_solve
+from onnxcollapse.calibration.leastsquares import RIDGES, Problem, ridge_solve
 from onnxcollapse.calibration.statistics import GramMatrix
 from onnxcollapse.structure.constants import Array
 from onnxcollapse.structure.tying import Weights
 
 ROUNDS = 3
-"""How often scales and shared weights are solved for in turns; more changes the error by less than a percent."""
+"""How often scales and shared weights are solved for in turns at most."""
 
 Correlations = Callable[[int, int], Array]
 """Pearson's correlation [h, h] of the neurons of two blocks, the first before the second."""
@@ -144,11 +144,10 @@ class Sums:
         power = gram.power(2)
         if not biased:
             gram = gram.through_origin()
-        means = gram.mean(1), gram.mean(2)
-        G, C = gram.block(1, 1), gram.block(1, 2)
-        G -= np.outer(means[0], means[0])
-        C -= np.outer(*means)
-        return cls(G, C, power, max(gram.power(2) - float(means[1] @ means[1]), 0.0), means)
+        problem = Problem.of(gram, 1, 2)
+        means = problem.x_mean, problem.y_mean
+        spread = max(gram.power(2) - float(means[1] @ means[1]), 0.0)
+        return cls(problem.G, problem.C, power, spread, means)
 
     def error(self, matrix: Array, offset: Array | None) -> float:
         """E |y - a matrix - offset|^2 / E |y|^2; the best offset where none is given."""

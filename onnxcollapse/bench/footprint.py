@@ -100,7 +100,6 @@ def measure(
 def _here(path: Path, feeds: Mapping[str, np.ndarray], provider: str, threads: int | None) -> Footprint:
     """Measures in this process."""
     chain(provider)  # libraries and contexts are there before anything is measured
-    gc.collect()
     before, began = _resident(), time.perf_counter()
     with open_file(path, provider, threads) as session:
         seconds = time.perf_counter() - began
@@ -114,8 +113,7 @@ def _here(path: Path, feeds: Mapping[str, np.ndarray], provider: str, threads: i
 def _resident() -> int:
     """Resident memory of this process; its peak where the platform tells no more.
 
-    What the allocator has been given back and keeps is handed to the system first: with it, equal models differed by
-    80 %.
+    What the allocator has been given back and keeps is handed to the system first: with it, equal models differ.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc has it

@@ -37,8 +37,8 @@ def ratio(timings: Sequence[Timing], bases: Sequence[Timing], seed: int = 0) -> 
 
     That is the median over rounds of the ratio of their turns, so that what slows the machine for a while drops out. A
     turn counts with the mean of its calls. Where other work runs on the machine, a call as short as the slices of
-    time that the scheduler deals out mostly gets through in one, and one that is a little longer waits for another:
-    the medians of calls of 2 and 4 ms had a ratio of 4. Over turns longer than slices both wait for their share.
+    time that the scheduler deals out mostly gets through in one, and one that is a little longer waits for another.
+    Over turns longer than slices both wait for their share.
 
     For the interval, openings are drawn again with replacement, as two sessions over one file differ by what memory
     they got, and so are their rounds, in pairs that follow each other: in one of each pair either thing came first. It

@@ -217,6 +217,7 @@ def probe_hidden(scratch: Model, block: FeedForward, weights: Weights, shelf: Sh
     for linear, matrix, offset in zip(block.linears[:-1], weights.matrices, weights.offsets, strict=False):
         x = there[linear.input.name or ""]
         known[linear.output] = build_linear(graph, anchor, linear, x, matrix, offset, shelf.store)
+    copies: list[ir.Node] = []
     for node in block.region:
         if known.keys().isdisjoint(node.inputs):
             continue
@@ -229,8 +230,10 @@ def probe_hidden(scratch: Model, block: FeedForward, weights: Weights, shelf: Sh
             outputs[-1].name = old.name
             known[old] = outputs[-1]
         attributes = list(node.attributes.values())
-        copy = ir.Node(node.domain, node.op_type, operands, attributes, outputs=outputs, name=node.name)
-        edit.insert_before(graph, anchor, copy)
+        copies.append(
+            ir.Node(node.domain, node.op_type, operands, attributes, outputs=outputs, name=node.name)
+        )
+    edit.insert_before(graph, anchor, copies)
     graph.outputs.append(known[block.hidden])
     return known[block.hidden].name or ""
 

@@ -20,13 +20,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
+from onnxcollapse.passes.importance import hidden_behind, importance
 from onnxcollapse.passes.narrowing_criteria import (
     Choice,
     Fitted,
     by_rate,
     by_residual,
     by_score,
-    importance,
     pays_from,
     rate_objection,
 )
@@ -46,9 +46,6 @@ WIDE = 768
 
 POSITIONS = 64
 """Rows of each image that sums are gathered from: neighbouring positions say much the same."""
-
-FARTHEST = 8
-"""Nodes between two hidden layers of a chain."""
 
 MOST_FEATURES = 16384
 """Features of the sums of one site; their Gram matrix takes 2 GB."""
@@ -159,7 +156,7 @@ class NarrowFfn(Pass):
             return None
         before = hidden_layer_at(model.graph, layer.sources[0].name)
         chained = before is not None and before.output is layer.sources[0].output
-        return Channels(layer, chained, _after(model, layer))
+        return Channels(layer, chained, hidden_behind(model, layer.output))
 
     def requests(self, site: Channels) -> Sequence[Request]:
         """Asks for the Gram matrix of [x, features, y], x only where it may get a path of its own.
@@ -285,7 +282,15 @@ class NarrowFfn(Pass):
         detail = (
             f"{layer.width} -> {choice.count} channels ({layer.activation}){choice.beside}, {fitted.detail}"
         )
-        return Proposal(site.name, choice.variant, detail, fitted.error, _saving(layer, fitted), payload)
+        return Proposal(
+            site.name,
+            choice.variant,
+            detail,
+            fitted.error,
+            _saving(layer, fitted),
+            payload,
+            cuts="both" if fitted.skip else "width",  # a path reads what the sources read
+        )
 
 
 def _moments(site: Channels) -> Moments:
@@ -308,17 +313,3 @@ def _frontier(layer: HiddenLayer, fits: Sequence[Fitted]) -> Iterator[Fitted]:
         if fitted.error < least:
             least = fitted.error
             yield fitted
-
-
-def _after(model: Model, layer: HiddenLayer) -> HiddenLayer | None:
-    """The hidden layer whose only source is this one's consumer: a few elementwise nodes lie between."""
-    waiting = [(layer.output, FARTHEST)]
-    while waiting:
-        value, left = waiting.pop()
-        for node in value.consumers() if left else ():
-            for output in node.outputs:
-                found = hidden_layer_at(model.graph, output.name or "")
-                if found is not None and [source.output for source in found.sources] == [layer.output]:
-                    return found
-                waiting.append((output, left - 1))
-    return None

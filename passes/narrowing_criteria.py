@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import linalg, special
+from scipy import linalg
 
 from onnxcollapse.calibration.leastsquares import RIDGES, leading, relative_error
 from onnxcollapse.calibration.statistics import GramMatrix, MomentSums
@@ -136,24 +136,6 @@ def by_residual(
             if layer.d_out > path_rank(fit.widths[0]) and (only is None or only.path == "low"):
                 found.append(_limited(count, whole, fit, heldout))
     return found
-
-
-def importance(after: HiddenLayer, gram: GramMatrix) -> np.ndarray | None:
-    """What an error of each pre-activation counts for the layer behind it, float64 [width of that layer].
-
-    A neuron hands on its error where it is on, times its outgoing weights: P(z > 0) |W[j,:]|^2, the probability that
-    of a normal z with the moments of the last tensor of `gram`; 1 if the activation is no ReLU. None if nothing counts.
-    """
-    weights = np.square(after.matrix()).reshape(after.width, -1).sum(1)
-    slopes = [slope for node in after.region if (slope := prelu_slope(node)) is not None]
-    if len(slopes) != 1 or np.any(slopes[0]):
-        return weights if np.any(weights) else None
-    place = len(gram.widths)
-    mean, columns = gram.mean(place), gram.columns(place)
-    second = gram.matrix[columns, columns] / max(gram.count, 1.0)
-    deviation = np.sqrt(np.maximum(second - np.square(mean), 1e-30))
-    found = weights * special.ndtr(mean / deviation)
-    return found if np.any(found) else None
 
 
 def by_score(

@@ -24,7 +24,7 @@ from onnxcollapse.rewriting.passes import (
 )
 from onnxcollapse.rewriting.progress import Progress
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
-from onnxcollapse.rewriting.selection import Candidate, node_key
+from onnxcollapse.rewriting.selection import Candidate, held, node_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Place:
             self.maker,
             offer,
             min((number for number, _ in nodes), default=0),
-            frozenset(node_key(node) for _, node in nodes),
+            frozenset(key for _, node in nodes for key in held(node, offer.cuts)),
             tensors=frozenset(name for _, node in nodes for name in _names(node)),
         )
 
@@ -146,7 +146,7 @@ class Fitter:
         trial = start.clone()
         done = {item.key: item.proposal for item in chosen}
         requests = {item.key: self._requests(trial, item) for item in chosen}
-        waiting = sorted(chosen, key=lambda item: item.position)
+        waiting = sorted(chosen, key=lambda item: item.order)
         if len(chosen) > 1 or self.changed:
             waiting = self._fit_again(trial, waiting, requests, done)
         for item in waiting:  # nothing before it, or nothing to fit
@@ -178,7 +178,7 @@ class Fitter:
                 if place >= first:
                     made = frozenset(name for node in site.nodes for name in _names(node))
                     waiting.append(Candidate(maker, Proposal(site.name), place, frozenset(), tensors=made))
-        waiting.sort(key=lambda item: item.position)
+        waiting.sort(key=lambda item: item.order)
         requests = {item.key: self._requests(trial, item) for item in waiting}
         done: dict[tuple[str, str, str], Proposal] = {}
         self._fit_again(trial, waiting, requests, done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 
@@ -99,6 +99,8 @@ class Proposal:
         cost: What the pass itself says that it costs, in units of its own; then it is not measured alone, and the
             passes chosen among have to use the same units. None to have it measured at the outputs.
         gone: Names of the tensors of whole layers that leave for good: config files count these.
+        cuts: What it changes of the operators among its nodes: one that cuts their ``width`` (output channels) and
+            one that cuts their ``rank`` do not exclude each other, and the rank is cut first.
     """
 
     site: str
@@ -110,6 +112,7 @@ class Proposal:
     tensors: frozenset[str] | None = None
     cost: float | None = None
     gone: frozenset[str] = frozenset()
+    cuts: Literal["width", "rank", "both"] = "both"
 
 
 @dataclass(frozen=True)

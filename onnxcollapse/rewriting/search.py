@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
+from onnxcollapse.rewriting.exchange import Exchange
 from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.passes import Pass
@@ -209,29 +212,17 @@ class Search:
             ask = (low + high) / 2 if math.isfinite(high) else wider
             if sum(item.saving.of(self._measure) for item in chosen) < low:
                 break  # this is all there is
-        return self._given_back(best, wanted, before) if best else chosen
+        return self._exchange.improved(best, before - wanted) if best else chosen
 
-    def _given_back(self, chosen: list[Candidate], wanted: float, before: float) -> list[Candidate]:
-        """Lets sites of a selection that saves too much save less, those first whose error falls most."""
-        for _ in range(SIZINGS):
-            swaps = []
-            for place, item in enumerate(chosen):
-                same = [other for other in self._rest if other.key[:2] == item.key[:2]]
-                less = [
-                    other for other in same if other.saving.of(self._measure) < item.saving.of(self._measure)
-                ]
-                less.sort(key=lambda other: -other.saving.of(self._measure))
-                swaps += [
-                    (item.impact**self._power - other.impact**self._power, place, other) for other in less[:2]
-                ]
-            for drop, place, other in sorted(swaps, key=lambda swap: -swap[0]):
-                milder = [*chosen[:place], other, *chosen[place + 1 :]]
-                if drop > 0 and before - self._size(self._start, [*self._kept, *milder]) >= wanted:
-                    chosen = milder
-                    break
-            else:
-                return chosen
-        return chosen
+    @functools.cached_property
+    def _exchange(self) -> Exchange:
+        def size(chosen: Sequence[Candidate]) -> float:
+            return self._size(self._start, [*self._kept, *chosen])
+
+        def cost(item: Candidate) -> float:
+            return max(item.impact**self._power - self._already**self._power, 0.0)
+
+        return Exchange(self._rest, self._measure, size, cost)
 
     def _size(self, model: Model, chosen: Sequence[Candidate]) -> float:
         """What a model with the chosen measures, as they were fitted for their own; as it is where they do not fit."""
@@ -243,7 +234,7 @@ class Search:
     def _sized(self, model: Model, chosen: Sequence[Candidate]) -> float:
         trial = model.clone()
         try:
-            for item in sorted(chosen, key=lambda item: item.position):
+            for item in sorted(chosen, key=lambda item: item.order):
                 apply(trial, item.maker, item.proposal)
         except ModelError as problem:
             logger.debug("the selection cannot be sized: %s", problem)
@@ -271,7 +262,7 @@ def marginal(
     """
     model, found = start.clone(), {}
     before = extents.of(model)
-    for item in sorted(chosen, key=lambda item: item.position):
+    for item in sorted(chosen, key=lambda item: item.order):
         apply(model, item.maker, done[item.key])
         after = extents.of(model)
         found[item.key], before = before - after, after
@@ -279,7 +270,5 @@ def marginal(
 
 
 def _overlap(chosen: Sequence[Candidate]) -> bool:
-    """Whether some share a weight: what one yields is what makes the channels of another."""
-    return any(
-        item.proposal.site in other.tensors for item in chosen for other in chosen if other is not item
-    )
+    """Whether some share a weight."""
+    return any(item.overlaps(other) for item, other in itertools.combinations(chosen, 2))

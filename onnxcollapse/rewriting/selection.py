@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,9 @@ from onnxcollapse.quiet import STDOUT, quiet
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.proposal import Proposal, Saving
 
+Rule = tuple[np.ndarray | sparse.csr_array, float, float]
+"""Coefficients of items [items] or [rules, items], and what their sum over taken items lies between."""
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -23,7 +26,7 @@ class Candidate:
     Attributes:
         maker: The pass that proposed it.
         position: Index of the site in graph order; rewrites are applied front to back.
-        nodes: Keys of the nodes that the site holds; candidates that share one exclude each other.
+        nodes: Keys of what the site holds of its nodes; candidates that share one exclude each other.
         saving: Measured by applying it alone.
         impact: Error at the outputs of it alone, on a sample.
         tensors: Names of the tensors that the site's nodes compute.
@@ -41,6 +44,20 @@ class Candidate:
     def key(self) -> tuple[str, str, str]:
         """Pass, site and variant."""
         return self.maker.describe(), self.proposal.site, self.proposal.variant
+
+    @property
+    def order(self) -> tuple[int, bool]:
+        """Rewrites are applied in this order: front to back, at one place ranks before widths."""
+        return self.position, self.proposal.cuts != "rank"
+
+    def overlaps(self, other: Candidate) -> bool:
+        """Whether both cut one weight: what one yields is what makes the channels of the other."""
+        return self.proposal.site in other.tensors or other.proposal.site in self.tensors
+
+
+def held(node: ir.Node, cuts: str) -> tuple[str, ...]:
+    """Keys of what a rewrite holds of a node, see `Proposal.cuts`."""
+    return tuple(f"{node_key(node)} {what}" for what in ("width", "rank") if cuts in (what, "both"))
 
 
 def node_key(node: ir.Node) -> str:
@@ -65,10 +82,10 @@ def ranked(candidates: Sequence[Candidate], measure: str = "params") -> list[Can
     What was asked for by name comes before all that is only chosen.
     """
 
-    def price(candidate: Candidate) -> tuple[bool, float, int]:
+    def price(candidate: Candidate) -> tuple[bool, float, tuple[int, bool]]:
         saved = candidate.saving.of(measure)
         cost = candidate.impact / saved if saved > 0 else float("inf")
-        return not candidate.maker.on_request, cost, candidate.position
+        return not candidate.maker.on_request, cost, candidate.order
 
     return compatible(sorted(candidates, key=price))
 
@@ -106,47 +123,55 @@ def choose(
         raise ValueError("candidates without a measured impact cannot be chosen among")
     saved_unit, cost_unit = max(np.abs(saved).max(), 1e-30), max(cost.max(), 1e-30)
     s, c = saved / saved_unit, cost / cost_unit
-    rules = [optimize.LinearConstraint(_exclusions(candidates), -np.inf, 1.0)]
+    rules: list[Rule] = [exclusive([item.nodes or (f"site {item.key[:2]}",) for item in candidates])]
     if math.isfinite(allowed):
-        rules.append(optimize.LinearConstraint(c, -np.inf, allowed**power / cost_unit))
+        rules.append((c, -np.inf, allowed**power / cost_unit))
     tie = 1e-6 / len(candidates)  # of equal savings the cheaper, of equal costs the larger
     if needed is not None:
-        enough = [*rules, optimize.LinearConstraint(s, needed / saved_unit, np.inf)]
-        found = _solve(c - tie * s, enough)
+        enough = [*rules, (s, needed / saved_unit, np.inf)]
+        found = solve(c - tie * s, enough)
         if found is not None:
             return _in_order(candidates, found)
-    found = _solve(tie * c - s, rules)
+    found = solve(tie * c - s, rules)
     return [] if found is None else _in_order(candidates, found)
 
 
-def _solve(objective: np.ndarray, rules: list[optimize.LinearConstraint]) -> np.ndarray | None:
-    """Which items to take, bool; None where no selection obeys the rules."""
+def solve(objective: np.ndarray, rules: Sequence[Rule]) -> np.ndarray | None:
+    """Takes items so that the sum of what they have in `objective` is least: an integer programme, by HiGHS.
+
+    Args:
+        objective: float64 [items], of the order of 1.
+        rules: What has to hold of the sums over taken items.
+
+    Returns:
+        Which items to take, bool [items]; None where no selection obeys the rules.
+    """
     with quiet(STDOUT):  # some releases of HiGHS print there what they are at
         result = optimize.milp(
             objective,
             integrality=np.ones(len(objective), np.uint8),
             bounds=optimize.Bounds(0, 1),
-            constraints=rules,
+            constraints=[optimize.LinearConstraint(*rule) for rule in rules],
             options={"mip_rel_gap": 1e-4, "time_limit": 30.0},
         )
     return None if result.x is None else result.x > 0.5
 
 
-def _exclusions(candidates: Sequence[Candidate]) -> sparse.csr_array:
-    """A row for each set of candidates that share a node, of which at most one may be taken."""
-    by_node: dict[str, list[int]] = {}
-    for place, item in enumerate(candidates):
-        for node in item.nodes or (f"site {item.key[:2]}",):
-            by_node.setdefault(node, []).append(place)
-    groups = sorted({tuple(places) for places in by_node.values()})
+def exclusive(keys: Sequence[Collection[Hashable]]) -> Rule:
+    """The rule that of all items that have a key at most one is taken."""
+    by_key: dict[Hashable, list[int]] = {}
+    for place, mine in enumerate(keys):
+        for key in mine:
+            by_key.setdefault(key, []).append(place)
+    groups = sorted({tuple(places) for places in by_key.values()})
     rows = [row for row, places in enumerate(groups) for _ in places]
     columns = [place for places in groups for place in places]
-    shape = (len(groups), len(candidates))
-    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
+    shape = (len(groups), len(keys))
+    return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape), -np.inf, 1.0
 
 
 def _in_order(candidates: Sequence[Candidate], taken: np.ndarray) -> list[Candidate]:
-    return sorted((c for c, take in zip(candidates, taken, strict=True) if take), key=lambda c: c.position)
+    return sorted((c for c, take in zip(candidates, taken, strict=True) if take), key=lambda c: c.order)
 
 
 def admit(

@@ -5,13 +5,15 @@ Alone, a site's saving counts what its neighbours take away as well: a narrower 
 behind it smaller, and so does a lower rank of one of them. So a selection that was chosen by savings alone is only a
 start. Here every site may move to another variant near its own, or to none; what a move saves is sized beside the
 others as they are, which holds as long as no neighbour moves at the same time. The best set of such moves is one
-small integer programme, and it is solved again from where they lead until nothing gets better.
+small integer programme, and it is solved again from where they lead until nothing gets better. It is solved with
+neighbours apart, and with all that may move: then savings are estimates, but one neighbour can give another room.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +42,7 @@ class Move:
         to: The variant, None for none.
         saved: What it saves more than now.
         cost: What it costs more than now.
-        keys: Moves that share one exclude each other.
+        keys: The site and pairs of it and each neighbour: of moves that share one only one is sized right.
     """
 
     site: tuple[str, str]
@@ -48,6 +50,11 @@ class Move:
     saved: float
     cost: float
     keys: frozenset[object]
+
+    @property
+    def holds(self) -> frozenset[str]:
+        """What moves exclude each other by in any case."""
+        return frozenset() if self.to is None else self.to.nodes
 
 
 class Exchange:
@@ -88,11 +95,13 @@ class Exchange:
         """
         best = list(chosen)
         for _ in range(STEPS):
-            now, spare = sum(map(self._cost, best)), room - self._size(best)
-            step = self._step(best, spare)
-            if step is None:
-                break
-            then = sum(map(self._cost, step))
+            here = {item.key[:2]: item for item in best}
+            moves = [move for site in self._sites for move in self._moves(site, here)]
+            steps = [self._step(best, moves, room - self._size(best), apart) for apart in (True, False)]
+            now, then, step = self._total(best), math.inf, best
+            for found in steps:
+                if found is not None and self._total(found) < then:
+                    then, step = self._total(found), found
             logger.debug(
                 "%d of %d rewrites exchanged: %.4g -> %.4g", len(set(step) - set(best)), len(step), now, then
             )
@@ -101,35 +110,36 @@ class Exchange:
             best = step
         return best
 
-    def _step(self, chosen: list[Candidate], spare: float) -> list[Candidate] | None:
-        """The selection after the best set of moves; None where none is inside the room."""
-        here = {item.key[:2]: item for item in chosen}
-        moves = [move for site in self._sites for move in self._moves(site, here)]
+    def _step(
+        self, chosen: list[Candidate], moves: Sequence[Move], spare: float, apart: bool
+    ) -> list[Candidate] | None:
+        """The selection after the best set of moves, neighbours `apart` or not; None where none is inside the room."""
         if not moves:
             return None
         saved = np.array([move.saved for move in moves])
         cost = np.array([move.cost for move in moves])
-        unit = max(float(np.abs(saved).max()), 1e-30)
-        rule = exclusive([move.keys for move in moves])
-        room, asked = spare, spare
+        saved_unit, cost_unit = (max(float(np.abs(array).max()), 1e-30) for array in (saved, cost))
+        rule = exclusive([move.keys if apart else [move.site, *move.holds] for move in moves])
+        asked = spare
         for _ in range(3):
-            taken = solve(
-                cost / max(float(np.abs(cost).max()), 1e-30), [rule, (saved / unit, -asked / unit, np.inf)]
-            )
+            taken = solve(cost / cost_unit, [rule, (saved / saved_unit, -asked / saved_unit, np.inf)])
             if taken is None:
                 return None
-            after = dict(here)
+            after = {item.key[:2]: item for item in chosen}
             for move in itertools.compress(moves, taken):
                 if move.to is None:
                     del after[move.site]
                 else:
                     after[move.site] = move.to
             found = sorted(after.values(), key=lambda item: item.order)
-            over = self._size(found) - self._size(chosen) - room
+            over = self._size(found) - self._size(chosen) - spare
             if over <= 0:
                 return found
             asked -= over  # savings between two variants that were sized are estimated
         return None
+
+    def _total(self, chosen: Sequence[Candidate]) -> float:
+        return sum(map(self._cost, chosen))
 
     def _moves(self, site: tuple[str, str], here: dict[tuple[str, str], Candidate]) -> list[Move]:
         """All moves of one site."""

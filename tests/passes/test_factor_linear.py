@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""factor-linear: what has a low rank is factored, and the error of the rest is known beforehand."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnxcollapse.passes.factor_linear import SHARES, FactorLinear
+from onnxcollapse.passes.narrow_ffn import NarrowFfn
+
+from onnxcollapse import Budget, Decline, Model, Proposal, Target, optimize
+from onnxcollapse.calibration import collect
+from onnxcollapse.errors import OptionError
+from onnxcollapse.model import size
+from onnxcollapse.rewriting.registry import parse
+from onnxcollapse.structure import hidden_layers, linears
+from tests.passes.narrowing import at, correlated, heldout, narrowed, offers, reasons, site_error
+from tests.support import Net, data_for, file_bytes, mlp, outputs, relative, rows
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.ERROR)
+
+
+def run(model, x, budget=0.01, target=None, passes=None):
+    budget = Budget(budget, target=target)
+    passes = passes or [FactorLinear()]
+    return optimize(model, data_for(model, x), budget=budget, passes=passes, provider="cpu")
+
+
+def kept(result):
+    return list(result.journal.of("kept"))
+
+
+def thin(net: Net, d_in: int, d_out: int, rank: int = 8) -> np.ndarray:
+    return net.random.normal(size=(d_in, rank)) @ net.random.normal(size=(rank, d_out)) / d_in**0.5
+
+
+def of_low_rank(spelling: str = "gemm") -> Model:
+    """Two Linears around a Tanh, both of rank 8."""
+    net = Net(2)
+    hidden = net.op("Tanh", net.linear("x", thin(net, 40, 48), net.random.normal(size=48), spelling=spelling))
+    net.linear(hidden, thin(net, 48, 40), net.random.normal(size=40), spelling=spelling, name="y")
+    return net.model({"x": ["n", 40]}, {"y": ["n", 40]})
+
+
+def pointwise() -> Model:
+    net = Net(3)
+    weight = thin(net, 40, 48).T[:, :, None, None]
+    z = net.op("Conv", "x", net.const(weight), net.const(net.random.normal(size=48)))
+    net.op("Relu", z, name="y")
+    return net.model({"x": ["n", 40, 4, 4]}, {"y": ["n", 48, 4, 4]})
+
+
+def on_the_left() -> Model:
+    net = Net(4)
+    net.op("MatMul", net.const(thin(net, 40, 48).T), "x", name="y")
+    return net.model({"x": ["n", 40, 5]}, {"y": ["n", 48, 5]})
+
+
+def attention_like(full: bool = False) -> Model:
+    """Three Linears that read one tensor, all in one space of 8 directions, and one that reads them."""
+    net = Net(5)
+    h = net.dense("x", 40, 40, spelling="matmul", name="h")
+    space = net.random.normal(size=(40, 40 if full else 8)) / 6
+    read = [
+        net.linear(h, space @ net.random.normal(size=(space.shape[1], width)), np.full(width, 0.1), name=name)
+        for name, width in (("q", 40), ("k", 32), ("v", 40))
+    ]
+    joined = net.op("Concat", *read, axis=-1)
+    net.op("Tanh", joined, name="y")
+    return net.model({"x": ["n", "t", 40]}, {"y": ["n", "t", 112]})
+
+
+EXACT = {
+    "gemm": (of_low_rank, lambda seed: rows(400, 40, seed)),
+    "matmul": (lambda: of_low_rank("matmul"), lambda seed: rows(400, 40, seed)),
+    "conv 1x1": (pointwise, lambda seed: rows(60, 640, seed).reshape(60, 40, 4, 4)),
+    "weight on the left": (on_the_left, lambda seed: rows(100, 200, seed).reshape(100, 40, 5)),
+    "readers of one": (attention_like, lambda seed: rows(400, 160, seed).reshape(400, 4, 40)),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_what_has_a_low_rank_is_factored_and_the_outputs_stay(case):
+    build, draw = EXACT[case]
+    model = build()
+    result = run(model, draw(1), 2e-3)
+    assert kept(result)
+    assert {entry.variant for entry in kept(result)} == {"rank 8"}
+    assert (
+        sum(entry.saving.params for entry in kept(result)) == result.before.params - result.after.params > 0
+    )
+    x = draw(9)
+    assert relative(outputs(result.model, x=x)["y"], outputs(model, x=x)["y"]) < 2e-3
+    assert result.model.signature() == model.signature()
+
+
+def test_linears_that_read_one_tensor_share_the_first_factor():
+    model = attention_like()
+    [entry] = kept(run(model, rows(400, 160).reshape(400, 4, 40), 2e-3))
+    assert entry.site == "q"
+    assert entry.saving.params == 40 * 112 - 8 * (40 + 112)
+
+
+@pytest.mark.parametrize("case", ["mlp", "bias-free", "shared"])
+def test_the_error_known_beforehand_is_the_one_measured_on_the_held_out_rows(case):
+    x = correlated(400, 40)
+    if case == "mlp":
+        model = mlp([40, 64, 48])
+    elif case == "bias-free":
+        net = Net(6)
+        net.op("MatMul", "x", net.const(net.random.normal(size=(40, 64))), name="y")
+        model = net.model({"x": ["n", 40]}, {"y": ["n", 64]})
+    else:
+        model, x = attention_like(full=True), correlated(1600, 40).reshape(400, 4, 40)
+    data, item = data_for(model, x), FactorLinear()
+    for site, offered in offers(model, data, item).items():
+        clear = [offer for offer in offered if offer.predicted_error > 5e-3]
+        assert len(clear) > 1
+        for offer in clear[:3]:
+            if site != "q":
+                measured = site_error(model, item, offer, data)
+            else:
+                copy, held = narrowed(model, item, offer), heldout(data)
+                sides = [np.concatenate([at(m, name, held) for name in "qkv"], -1) for m in (copy, model)]
+                measured = relative(*sides)
+            assert measured == pytest.approx(offer.predicted_error, rel=1e-3), offer.variant
+
+
+def test_savings_known_beforehand_are_those_of_the_rewritten_model():
+    model, item = mlp([40, 64, 48]), FactorLinear()
+    for offered in offers(model, data_for(model, correlated(300, 40)), item).values():
+        errors = [offer.predicted_error for offer in offered]
+        assert errors == sorted(errors)
+        for offer in offered:
+            assert offer.saving.params == size(model).params - size(narrowed(model, item, offer)).params > 0
+
+
+def test_outputs_that_count_less_for_the_layer_behind_are_fitted_less():
+    """Half of the first Linear's neurons have next to no outgoing weight, so a rank says what the others need."""
+    net = Net(8)
+    first, second = net.random.normal(size=(40, 64)) / 6, net.random.normal(size=(64, 40))
+    second[32:] *= 1e-3
+    hidden = net.op("Relu", net.linear("x", first, np.zeros(64), name="z"))
+    net.linear(hidden, second, np.zeros(40), name="y")
+    model = net.model({"x": ["n", 40]}, {"y": ["n", 40]})
+    data, item = data_for(model, rows(2000, 40)), FactorLinear()
+    offer = next(x for x in offers(model, data, item)["z"] if x.variant == "rank 16")
+    copy, x = narrowed(model, item, offer), heldout(data)
+    lost = np.square(at(copy, "z", x) - at(model, "z", x)).mean(0)
+    assert lost[:32].mean() < 0.6 * lost[32:].mean()
+
+
+def test_a_rank_and_a_width_are_cut_in_one_selection():
+    """The first Linear has rank 8 and the neurons behind it are redundant: both are needed for so small a target."""
+    net = Net(9)
+    picks = np.tile(np.arange(48), 4)
+    first, bias = thin(net, 64, 48)[:, picks], net.random.normal(size=48)[picks]
+    hidden = net.op("Tanh", net.linear("x", first, bias, name="z"))
+    net.dense(hidden, 192, 8, name="y")
+    model, x = net.model({"x": ["n", 64]}, {"y": ["n", 8]}), rows(600, 64)
+    target = Target("params", 0.125)
+    passes = [NarrowFfn(skip=False), FactorLinear()]  # whatever their order, the rank is cut first
+    result = run(model, x, None, target, passes)
+    assert result.met
+    assert {(entry.pass_name, entry.site) for entry in kept(result)} == {
+        ("factor-linear", "z"),
+        ("narrow-ffn:skip=False", "y"),
+    }
+    assert sum(entry.saving.params for entry in kept(result)) == result.before.params - result.after.params
+    narrower, factored = (run(model, x, None, target, [item]) for item in passes)
+    assert not factored.met
+    assert result.error < 0.01 * narrower.error
+
+
+def test_a_rank_before_a_gate_leaves_the_block_what_it_is():
+    net = Net(10)
+    space = net.random.normal(size=(40, 8)) / 6
+    gate, up = (space @ net.random.normal(size=(8, 96)) for _ in range(2))
+    z = net.linear("x", gate)
+    hidden = net.op("Mul", net.op("Mul", z, net.op("Sigmoid", z)), net.linear("x", up))
+    net.dense(hidden, 96, 40, name="y")
+    model = net.model({"x": ["n", 40]}, {"y": ["n", 40]})
+    result = run(model, rows(400, 40), None, Target("params", 0.45), [FactorLinear(), NarrowFfn(skip=False)])
+    assert result.met
+    assert {entry.pass_name for entry in kept(result)} == {"factor-linear", "narrow-ffn:skip=False"}
+    blocks = [layer.block for layer in hidden_layers(result.model.graph)[0] if layer.block is not None]
+    assert any(block.gate is not None for block in blocks)
+
+
+def test_refit_gives_the_same_rank_again():
+    model, item = mlp([40, 64, 48]), FactorLinear()
+    data = data_for(model, correlated(400, 40))
+    for site in item.sites(model):
+        statistics = collect(model, item.requests(site), data, provider="cpu", reference=model)
+        offered = list(item.propose(site, statistics))
+        again = item.refit(site, offered[1], statistics)
+        assert isinstance(again, Proposal)
+        assert (again.variant, again.saving) == (offered[1].variant, offered[1].saving)
+        assert again.predicted_error == pytest.approx(offered[1].predicted_error)
+
+
+def test_a_site_found_by_its_name_is_the_one_found_with_all_others():
+    for model in (attention_like(), mlp([40, 64, 48]), of_low_rank("matmul"), pointwise()):
+        item = FactorLinear()
+        for site in item.sites(model):
+            alone = item.site(model, site.name)
+            assert alone.nodes == site.nodes
+            assert item.requests(alone) == item.requests(site)
+            assert (alone.behind is None) == (site.behind is None)
+        assert item.site(model, "nothing") is None
+        assert item.site(model, "x") is None
+    assert FactorLinear().site(attention_like(), "k") is None  # part of the site of q
+
+
+def test_off_and_over_budget_mean_byte_identical(tmp_path):
+    model = mlp([40, 64, 48])
+    before = file_bytes(model, tmp_path)
+    tight = run(model, rows(200, 40), 1e-6)
+    assert not kept(tight)
+    assert any("over the budget of 1e-06" in reason for reason in reasons(tight))
+    assert file_bytes(tight.model, tmp_path) == before
+
+
+def test_never_runs_without_data():
+    result = optimize(mlp([40, 64, 48]), passes=[FactorLinear()])
+    assert not kept(result)
+    assert any("--calib" in reason for reason in reasons(result))
+
+
+def test_what_is_small_wide_or_shared_is_declined_by_name(monkeypatch):
+    [small] = FactorLinear().sites(mlp([40, 8]))
+    assert isinstance(small, Decline)
+    assert small.reason == "40 x 8 is small: two products would take longer than one"
+    [wide] = FactorLinear(align=64).sites(mlp([40, 64]))
+    assert wide.reason == "no multiple of 64 is a rank that saves anything"
+    net = Net(1)
+    weight = net.const(net.random.normal(size=(40, 40)), "w")
+    net.op("MatMul", net.op("Tanh", net.op("MatMul", "x", weight)), weight, name="y")
+    twice = list(FactorLinear().sites(net.model({"x": ["n", 40]}, {"y": ["n", 40]})))
+    assert [site.reason for site in twice] == ["others read w, too, which would be stored twice"] * 2
+    monkeypatch.setattr("onnxcollapse.passes.factor_linear.MOST", 50)
+    [site] = FactorLinear().sites(mlp([40, 64]))
+    assert site.reason == "40 x 64 is more than the 50 channels whose moments can be held"
+
+
+def test_ranks_are_multiples_of_align_below_the_one_that_saves_nothing():
+    [site] = FactorLinear().sites(mlp([96, 96]))
+    ranks = FactorLinear(align=4)._ranks(site)
+    assert site.pays_below == 48
+    assert ranks == sorted(ranks, reverse=True)
+    assert 5 < len(ranks) <= len(SHARES)
+    assert all(rank % 4 == 0 and 0 < rank < 48 for rank in ranks)
+
+
+def test_half_precision_stays_half():
+    net = Net(3)
+    cast = net.op("Cast", "x", to=onnx.TensorProto.FLOAT16)
+    product = net.op("MatMul", cast, net.const(thin(net, 40, 48), dtype=np.float16))
+    net.op("Cast", product, name="y", to=onnx.TensorProto.FLOAT)
+    model = net.model({"x": ["n", 40]}, {"y": ["n", 48]})
+    result = run(model, rows(400, 40), 5e-3)
+    assert [entry.variant for entry in kept(result)] == ["rank 8"]
+    assert {value.dtype for value in result.model.graph.initializers.values()} == {ir.DataType.FLOAT16}
+    assert len(linears(result.model.graph)) == 2
+
+
+def test_two_runs_write_the_same_bytes(tmp_path):
+    model, x = mlp([40, 64, 48]), correlated(300, 40)
+    first, second = (run(model, x, 0.2) for _ in range(2))
+    assert kept(first)
+    assert file_bytes(first.model, tmp_path) == file_bytes(second.model, tmp_path)
+
+
+def test_options_come_from_text():
+    assert parse("factor-linear:align=16") == FactorLinear(align=16)
+    with pytest.raises(OptionError, match="align 0 must be 1 or more"):
+        parse("factor-linear:align=0")

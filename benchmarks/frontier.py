@@ -87,6 +87,7 @@ class Method:
 
 METHODS = {
     "ours": Method("ours", ("narrow-ffn", "refit")),
+    "ours+ranks": Method("ours", ("factor-linear", "narrow-ffn", "refit")),
     "ours-flops": Method("ours", ("narrow-ffn", "refit"), measure="flops"),
     "no-refit-pass": Method("ablation", ("narrow-ffn",)),
     "no-compressed-prefix": Method(
@@ -107,6 +108,7 @@ METHODS = {
     "rival-wanda+train": Method("rival", rival="wanda+train", note="trains"),
     "rival-sparsegpt-mask": Method("rival", rival="sparsegpt-mask", note="masks only: nothing gets smaller"),
 }
+_OURS = ("ours", "ours+ranks")
 _CONTROLS = ("magnitude", "magnitude+refit", "random", "random+refit")
 _ABLATIONS = (
     "no-refit-pass",
@@ -124,15 +126,15 @@ SETTINGS = {
         _MLP,
         "kl",
         (0.5, 0.25, 0.16, 0.05),
-        ("ours", "activation-rate", *_RIVALS, "rival-wanda+train", "rival-sparsegpt-mask", *_CONTROLS, *_ABLATIONS),
+        (*_OURS, "activation-rate", *_RIVALS, "rival-wanda+train", "rival-sparsegpt-mask", *_CONTROLS, *_ABLATIONS),
     ),
-    "paper": Setting("fashion_mlp", _PAPER, "kl", (0.5, 0.25, 0.16, 0.05), ("activation-rate", "ours")),
+    "paper": Setting("fashion_mlp", _PAPER, "kl", (0.5, 0.25, 0.16, 0.05), ("activation-rate", *_OURS)),
     "minilm_l6": Setting(
         "minilm_l6",
         (),
         "rel-l2",
         (0.8, 0.6, 0.46, 0.33, 0.15),
-        ("ours", "magnitude", "magnitude+refit", "random", "rival-wanda", "rival-wanda+finetune",
+        (*_OURS, "magnitude", "magnitude+refit", "random", "rival-wanda", "rival-wanda+finetune",
          "no-refit-pass", "uniform-widths", "no-path"),
         ffn=True,
         samples={"wanda+finetune": 32},
@@ -143,11 +145,11 @@ SETTINGS = {
     ),
     "vgg": Setting(
         "fashion_vgg", (), "kl", (0.75, 0.5, 0.25),
-        ("ours", "ours-flops", "magnitude", "magnitude+refit", "random", "random+refit", *_RIVALS, "no-refit-pass"),
+        (*_OURS, "ours-flops", *_CONTROLS, *_RIVALS, "no-refit-pass"),
     ),
     "vit": Setting(
         "fashion_vit", (), "kl", (0.75, 0.5, 0.25),
-        ("ours", "ours-flops", "magnitude", "magnitude+refit", "random", "random+refit", *_RIVALS, "no-refit-pass",
+        (*_OURS, "ours-flops", *_CONTROLS, *_RIVALS, "no-refit-pass",
          "uniform-widths"),
         ffn=True,
     ),

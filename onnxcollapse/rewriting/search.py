@@ -80,7 +80,7 @@ class Search:
     ) -> None:
         self._start, self._kept, self._rest = start, kept, rest
         self._budget, self._extents, self._attempt = budget, extents, attempt
-        self._sizes: dict[frozenset[Any], float] = {}
+        self._savings: dict[frozenset[Any], float] = {}
         self._already = 0.0
         self._measure = extents.measure
         self._power = 1 if pricing_metric is None else additive_power(pricing_metric)
@@ -193,54 +193,60 @@ class Search:
 
     def _reaching(self, wanted: float) -> list[Candidate]:
         """Chooses what saves enough; where savings of neighbours overlap, more is asked for until it does."""
-        before = self._extents.of(self._start).of(self._measure)
         low, high, ask = 0.0, math.inf, wanted
         best: list[Candidate] = []
         for _ in range(SIZINGS):
             chosen = self._saving(ask)
             if not chosen or not _overlap(chosen):
                 return best or chosen
-            saved = before - self._size(self._start, [*self._kept, *chosen])
+            saved = self._before - self._size(chosen)
             logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
             if saved >= wanted:
                 best, high = chosen, ask
-                if saved - wanted <= CLOSE * (before - wanted):
-                    return best
+                if saved - wanted <= CLOSE * (self._before - wanted):
+                    break
             else:
                 low = ask
             wider = ask * min(max(wanted / max(saved, 1.0), 1.01) ** 1.5, 2.0)
             ask = (low + high) / 2 if math.isfinite(high) else wider
             if sum(item.saving.of(self._measure) for item in chosen) < low:
                 break  # this is all there is
-        return self._exchange.improved(best, before - wanted) if best else chosen
+        return self._exchange.improved(best, self._before - wanted) if best else chosen
 
     @functools.cached_property
     def _exchange(self) -> Exchange:
-        def size(chosen: Sequence[Candidate]) -> float:
-            return self._size(self._start, [*self._kept, *chosen])
-
         def cost(item: Candidate) -> float:
             return max(item.impact**self._power - self._already**self._power, 0.0)
 
-        return Exchange(self._rest, self._measure, size, cost)
+        return Exchange(self._rest, self._measure, self._size, cost)
 
-    def _size(self, model: Model, chosen: Sequence[Candidate]) -> float:
-        """What a model with the chosen measures, as they were fitted for their own; as it is where they do not fit."""
-        selection = frozenset(item.key for item in chosen)
-        if selection not in self._sizes:  # applying it to a large model takes its time
-            self._sizes[selection] = self._sized(model, chosen)
-        return self._sizes[selection]
+    def _size(self, chosen: Sequence[Candidate]) -> float:
+        """What the model measures with a selection, as its rewrites were fitted for their own.
 
-    def _sized(self, model: Model, chosen: Sequence[Candidate]) -> float:
-        trial = model.clone()
+        Rewrites that overlap are applied together; groups that do not are sized one by one, and once.
+        """
+        saved = 0.0
+        for group in _groups([*self._kept, *chosen]):
+            known = frozenset(item.key for item in group)
+            if known not in self._savings:
+                self._savings[known] = self._saved(group)
+            saved += self._savings[known]
+        return self._before - saved
+
+    def _saved(self, group: Sequence[Candidate]) -> float:
+        """What rewrites save together; what they save alone where they do not fit together."""
+        trial = self._start.clone()
         try:
-            for item in sorted(chosen, key=lambda item: item.order):
+            for item in sorted(group, key=lambda item: item.order):
                 apply(trial, item.maker, item.proposal)
         except ModelError as problem:
-            logger.debug("the selection cannot be sized: %s", problem)
-            saved = sum(item.saving.of(self._measure) for item in chosen)
-            return self._extents.of(model).of(self._measure) - saved
-        return self._extents.of(trial).of(self._measure)
+            logger.debug("a selection cannot be sized: %s", problem)
+            return sum(item.saving.of(self._measure) for item in group)
+        return self._before - self._extents.of(trial).of(self._measure)
+
+    @functools.cached_property
+    def _before(self) -> float:
+        return self._extents.of(self._start).of(self._measure)
 
 
 def marginal(
@@ -271,4 +277,14 @@ def marginal(
 
 def _overlap(chosen: Sequence[Candidate]) -> bool:
     """Whether some share a weight."""
-    return any(item.overlaps(other) for item, other in itertools.combinations(chosen, 2))
+    return len(_groups(chosen)) < len(chosen)
+
+
+def _groups(chosen: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Those that overlap, directly or through others, together."""
+    groups: list[list[Candidate]] = []
+    for item in chosen:
+        touched = [group for group in groups if any(item.overlaps(other) for other in group)]
+        groups = [group for group in groups if group not in touched]
+        groups.append([item, *itertools.chain.from_iterable(touched)])
+    return groups

@@ -17,7 +17,7 @@ from onnxcollapse.bench.stretch import Kind
 from onnxcollapse.calibration import Dataset, open_data
 from onnxcollapse.calibration.sessions import main_values
 from onnxcollapse.errors import OnnxCollapseError
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, size
 from onnxcollapse.rewriting.budget import Target
 from onnxcollapse.rewriting.proposal import Saving
 from onnxcollapse.rewriting.transaction import extent
@@ -58,7 +58,7 @@ class Extents:
         if target is not None and target.measure == LATENCY:
             self._timer = StretchTimer(_sample(original, data), provider)
         self._kinds: tuple[ir.Model | None, Mapping[str, Kind]] = (None, {})
-        self._whole: Saving | None = None
+        self._whole: float | None = None
 
     @property
     def measure(self) -> str:
@@ -68,6 +68,12 @@ class Extents:
     def of(self, model: Model) -> Saving:
         """Everything that is counted in a model; its latency is not, since only pairs of models are measured."""
         return extent(model, self._shapes)
+
+    def amount(self, model: Model) -> float:
+        """A model in the one measure that counts; FLOPs, which take shape inference, only where they are that."""
+        if self.measure in ("params", "bytes", "nodes"):
+            return float(getattr(size(model), self.measure))
+        return self.of(model).of(self.measure)
 
     def saving(self, start: Model, whole: Saving, trial: Model, candidate: Candidate) -> Saving:
         """What a candidate takes away.
@@ -97,8 +103,8 @@ class Extents:
             before, now = self._timer.compare_whole(self._original, model)
             return now - share * (1.0 - MARGIN) * before
         if self._whole is None:
-            self._whole = self.of(self._original)
-        return self.of(model).of(self.measure) - share * self._whole.of(self.measure)
+            self._whole = self.amount(self._original)
+        return self.amount(model) - share * self._whole
 
     def latency(self, model: Model) -> tuple[float, float] | None:
         """Seconds of the original and of another model on one sample, measured anew; None unless it is the target."""

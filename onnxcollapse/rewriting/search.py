@@ -242,11 +242,11 @@ class Search:
         except ModelError as problem:
             logger.debug("a selection cannot be sized: %s", problem)
             return sum(item.saving.of(self._measure) for item in group)
-        return self._before - self._extents.of(trial).of(self._measure)
+        return self._before - self._extents.amount(trial)
 
     @functools.cached_property
     def _before(self) -> float:
-        return self._extents.of(self._start).of(self._measure)
+        return self._extents.amount(self._start)
 
 
 def marginal(

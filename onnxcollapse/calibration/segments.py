@@ -12,7 +12,8 @@ carried to the segments that read them; constants are repeated where they are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -96,6 +97,31 @@ def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
         )
         for place in range(last + 1)
     ]
+
+
+def joined(parts: Sequence[Segment], first: int, last: int) -> Segment:
+    """What `segments` gives in the place of some that follow each other, without the points between them.
+
+    Args:
+        parts: All segments of a graph.
+        first: Index of the first of these.
+        last: Index of the last.
+    """
+    these = parts[first : last + 1]
+    makes = frozenset[str]().union(*(part.makes for part in these))
+    later = {name for part in parts[last + 1 :] for name in part.reads}
+    return Segment(
+        index=first,
+        feeds=_chained(part.feeds for part in these),
+        reads=tuple(name for name in _chained(part.reads for part in these) if name not in makes),
+        gives=tuple(name for name in _chained(part.gives for part in these) if name in later),
+        outputs=_chained(part.outputs for part in these),
+        makes=makes,
+    )
+
+
+def _chained(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(names)))
 
 
 def extract(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcollapse.calibration.sessions import UNREADABLE
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, walk
 from onnxcollapse.structure.blocks import layers
 from onnxcollapse.structure.channels import element_type
 from onnxcollapse.structure.constants import constant
@@ -148,7 +148,8 @@ def extract(
     names = [*(name for name in segment.feeds if name in values), *segment.reads]
     bounds = [values[name] for name in names] + [v for v in model.graph.inputs if v.is_initializer()]
     known = {name: element_type(values[name]) or (types or {}).get(name) for name in names}
-    graph = ir.convenience.extract(model.graph, bounds, [values[name] for name in outputs])
+    with walk.collection_paused():
+        graph = ir.convenience.extract(model.graph, bounds, [values[name] for name in outputs])
     read = {value for node in graph for value in _operands(node)} | set(graph.outputs)
     graph.inputs[:] = [value for value in graph.inputs if value in read]
     for value in graph.inputs:

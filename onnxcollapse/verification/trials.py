@@ -25,7 +25,7 @@ from onnxcollapse.calibration.sessions import Session, adopt
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Feeds, Walk
 from onnxcollapse.errors import MetricError, ModelError
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, walk
 from onnxcollapse.verification import metrics
 from onnxcollapse.verification.softmax import Kept
 from onnxcollapse.verification.verifier import Verifier
@@ -196,7 +196,8 @@ class Trials:
         trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends), ranks)
         tape = self._tapes[key] = Tape(self._walk.tape)
         try:
-            outcome.told, outcome.problem = variant.change(trial)
+            with walk.collection_paused():
+                outcome.told, outcome.problem = variant.change(trial)
             if outcome.problem is not None:
                 return
             missing = [name for name in given if name not in {value.name for value in trial.graph.outputs}]

@@ -35,7 +35,7 @@ from onnxcollapse.passes.layer_plans import (
     pass_by,
 )
 
-from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, ridge_fit
+from onnxcollapse.calibration.leastsquares import RIDGES, LinearFit, Spectrum, ridge_fit
 from onnxcollapse.calibration.sessions import main_values
 from onnxcollapse.calibration.statistics import GramMatrix, Moments, Request, Statistics
 from onnxcollapse.errors import ModelError
@@ -339,9 +339,12 @@ class CollapseLayers(Pass):
             GramMatrix.assembled(of(plan.gram), of(plan.cross), target)
             for of in (statistics.fit, statistics.heldout)
         ]
+        spectrum = None
         if plan.merge == "fold":  # as published: no offset
             parts = [part.through_origin() for part in parts]
-        found = ridge_fit(parts[0], parts[1], 1, 2, STRONG_RIDGES, self.rank)
+        elif self.rank is None:  # spans that start at one point share their features
+            spectrum = Spectrum.of(statistics.fit(plan.gram), statistics.heldout(plan.gram))
+        found = ridge_fit(parts[0], parts[1], 1, 2, STRONG_RIDGES, self.rank, spectrum=spectrum)
         whole = float(np.sum(statistics.heldout(Moments(plan.behind)).power))
         gap = parts[1].power(2)
         error = found.error * (gap / whole) ** 0.5 if whole > 0 else 0.0

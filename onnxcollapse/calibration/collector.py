@@ -272,7 +272,8 @@ class _Probing:
             if key != ref.value or ref.value not in main_values(scratch.graph):
                 name = self._supply(scratch, key, ref)
                 names[ref] = name
-        masked = any(value.name == "attention_mask" for value in self._sweep._model.graph.inputs)
+        inputs = {value.name for value in self._sweep._model.graph.inputs}
+        masked = "attention_mask" in inputs and self._sweep._data.padded
         self.probes = ProbeSet(scratch, names, masked=masked)
         self.probes.add(self._requests, keep=self._keep)
         return Amendment(self._feed, self.probes.states)

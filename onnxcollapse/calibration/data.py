@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from onnxcollapse.calibration import filling, layout
 from onnxcollapse.calibration.layout import Layout
+from onnxcollapse.calibration.masks import row_mask
 from onnxcollapse.calibration.signature import data_signature
 from onnxcollapse.errors import DataError, OptionError
 from onnxcollapse.model.model import Model, Signature
@@ -126,6 +128,12 @@ class Dataset:
             rows, kind = rows + unit.rows, new_kind
         if pieces:
             yield self._join(pieces)
+
+    @functools.cached_property
+    def padded(self) -> bool:
+        """Whether any token is padding by the attention mask; where none is, nothing need be masked."""
+        masks = (row_mask(batch) for batch in self.batches("all"))
+        return any(mask is not None and not mask.all() for mask in masks)
 
     def in_batches_of(self, size: int | None) -> Dataset:
         """The same samples in smaller batches; a size that the model or a reader fixes stays."""

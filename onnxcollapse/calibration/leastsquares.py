@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy import linalg
@@ -13,6 +15,9 @@ from onnxcollapse.calibration.statistics import GramMatrix, Selector
 from onnxcollapse.errors import OptionError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+WIDEST = 2048
+"""Features of more columns than this have no spectrum kept: it takes as much memory as their sums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,7 @@ def ridge_fit(
     rank: int | None = None,
     *,
     prior: np.ndarray | None = None,
+    spectrum: Spectrum | None = None,
 ) -> LinearFit:
     """Fits targets ~ features W + b by ridge regression, its strength chosen on held-out rows.
 
@@ -96,6 +102,7 @@ def ridge_fit(
         ridges: Strengths to try, relative to the mean feature variance; 0 gives the minimum-norm solution.
         rank: Largest rank of W, None for no limit.
         prior: float64 [F, q] to shrink towards, None for 0.
+        spectrum: Of the features, from whoever fits several targets to them: finds the best ridge at the cost of one.
 
     Returns:
         The fit with the smallest held-out error; the stronger ridge wins a tie.
@@ -109,6 +116,8 @@ def ridge_fit(
         )
     problem = Problem.of(fit, features, targets)
     errors = _Errors(heldout, features, targets)
+    if spectrum is not None and rank is None and prior is None and len(ridges) > 1:
+        ridges = spectrum.best(problem, errors, ridges)
     fits = []
     for ridge in sorted(ridges, reverse=True):
         matrix, basis = _solve(problem, ridge, rank, prior)
@@ -117,6 +126,62 @@ def ridge_fit(
     error, matrix, offset, ridge, basis = min(fits, key=lambda candidate: candidate[0])
     fit_error = relative_error(fit, features, targets, matrix, offset)
     return LinearFit(matrix, offset, ridge, fit_error, error, rank, basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The eigenvectors Q of features' covariance G = Q L Q' on the rows fitted to.
+
+    Attributes:
+        values: L, float64 [F].
+        vectors: Q, float64 [F, F].
+        turned: Q' H Q for the covariance H of the held-out rows, float64 [F, F].
+    """
+
+    values: np.ndarray
+    vectors: np.ndarray
+    turned: np.ndarray
+
+    _shared: ClassVar[WeakKeyDictionary[GramMatrix, Spectrum]] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, fit: GramMatrix, heldout: GramMatrix) -> Spectrum | None:
+        """That of all columns of a matrix, kept as long as it is; None where they are too many to keep it.
+
+        Args:
+            fit: Sums of the rows fitted to.
+            heldout: Sums of the same columns over the held-out rows.
+        """
+        if sum(fit.widths) > WIDEST:
+            return None
+        if fit not in cls._shared:
+            every = np.arange(1, len(fit.matrix))
+            here, there = (Problem.of(gram, every, every[:0]) for gram in (fit, heldout))
+            values, vectors = linalg.eigh(here.G, driver="evd", check_finite=False)
+            cls._shared[fit] = cls(values, vectors, vectors.T @ there.G @ vectors)
+        return cls._shared[fit]
+
+    def best(self, problem: Problem, errors: _Errors, ridges: Sequence[float]) -> Sequence[float]:
+        """The ridge with the smallest held-out error, the stronger one in a tie; all where G is nearly singular.
+
+        With A = Q'C, B = Q' Cov(x, y) of the held-out rows and d = 1 / (L + l), the fit is W = Q diag(d) A, so that
+        tr(W'HW) = d' (Q'HQ * AA') d and tr(W'B) = d . rowsum(A * B): no product of matrices for each ridge.
+        """
+        there = errors.problem
+        A = self.vectors.T @ problem.C
+        square = self.turned * (A @ A.T)
+        cross = np.sum(A * (self.vectors.T @ there.C), 1)
+        y_gap, x_gap = there.y_mean - problem.y_mean, self.vectors.T @ (there.x_mean - problem.x_mean)
+        found = []
+        for ridge in sorted(ridges, reverse=True):
+            shifted = self.values + ridge * max(float(np.mean(self.values)), 0.0)
+            if shifted[0] <= shifted[-1] * np.finfo(np.float64).eps ** 0.5:
+                return ridges
+            d = 1.0 / shifted
+            bias = y_gap - (x_gap * d) @ A
+            variance = errors.spread + float(d @ square @ d - 2 * (cross @ d))
+            found.append((max(variance, 0.0) + float(bias @ bias), ridge))
+        return [min(found, key=lambda candidate: candidate[0])[1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,20 +278,25 @@ def relative_error(
 
 
 class _Errors:
-    """The closed-form error of any linear candidate on one set of rows."""
+    """The closed-form error of any linear candidate on one set of rows.
+
+    Attributes:
+        problem: Their moments.
+        spread: Total variance of the targets.
+    """
 
     def __init__(self, gram: GramMatrix, features: Selector, targets: Selector) -> None:
-        self._problem = Problem.of(gram, features, targets)
+        self.problem = Problem.of(gram, features, targets)
         targets_at = gram.columns(targets)
         second = gram.matrix[targets_at, targets_at] / max(gram.count, 1.0)
         self._power = float(second.sum())
-        self._spread = float((second - np.square(self._problem.y_mean)).sum())
+        self.spread = float((second - np.square(self.problem.y_mean)).sum())
 
     def absolute(self, matrix: np.ndarray, offset: np.ndarray) -> float:
         """Splits the error into variance and bias: centred sums cancel less than raw ones."""
-        p = self._problem
+        p = self.problem
         bias = p.y_mean - p.x_mean @ matrix - offset
-        variance = self._spread + float(np.sum(matrix * (p.G @ matrix - 2 * p.C)))
+        variance = self.spread + float(np.sum(matrix * (p.G @ matrix - 2 * p.C)))
         return max(variance, 0.0) + float(bias @ bias)
 
     def relative(self, matrix: np.ndarray, offset: np.ndarray) -> float:

@@ -41,6 +41,15 @@ class Plan:
     batch: int | None = None
     sums: int | None = None
 
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        """Where models are cut whose outputs are compared.
+
+        Behind the last layer too: of a reference whose outputs are too large to be kept, only what lies behind it has
+        to run again for each model that is held against it.
+        """
+        return tuple(dict.fromkeys([*self.cuts, *self.points[-1:]]))
+
 
 def plan(model: Model, limit: int | None = None, data: Dataset | None = None) -> Plan:
     """Plans the runs of a model: half of the memory is for weights, a quarter for activations, one for sums.

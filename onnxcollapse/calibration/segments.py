@@ -12,13 +12,14 @@ carried to the segments that read them; constants are repeated where they are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnxcollapse.calibration.sessions import UNREADABLE
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, walk
 from onnxcollapse.structure.blocks import layers
 from onnxcollapse.structure.channels import element_type
 from onnxcollapse.structure.constants import constant
@@ -98,6 +99,31 @@ def segments(graph: ir.Graph, points: Sequence[str]) -> list[Segment]:
     ]
 
 
+def joined(parts: Sequence[Segment], first: int, last: int) -> Segment:
+    """What `segments` gives in the place of some that follow each other, without the points between them.
+
+    Args:
+        parts: All segments of a graph.
+        first: Index of the first of these.
+        last: Index of the last.
+    """
+    these = parts[first : last + 1]
+    makes = frozenset[str]().union(*(part.makes for part in these))
+    later = {name for part in parts[last + 1 :] for name in part.reads}
+    return Segment(
+        index=first,
+        feeds=_chained(part.feeds for part in these),
+        reads=tuple(name for name in _chained(part.reads for part in these) if name not in makes),
+        gives=tuple(name for name in _chained(part.gives for part in these) if name in later),
+        outputs=_chained(part.outputs for part in these),
+        makes=makes,
+    )
+
+
+def _chained(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(names)))
+
+
 def extract(
     model: Model,
     segment: Segment,
@@ -122,7 +148,8 @@ def extract(
     names = [*(name for name in segment.feeds if name in values), *segment.reads]
     bounds = [values[name] for name in names] + [v for v in model.graph.inputs if v.is_initializer()]
     known = {name: element_type(values[name]) or (types or {}).get(name) for name in names}
-    graph = ir.convenience.extract(model.graph, bounds, [values[name] for name in outputs])
+    with walk.collection_paused():
+        graph = ir.convenience.extract(model.graph, bounds, [values[name] for name in outputs])
     read = {value for node in graph for value in _operands(node)} | set(graph.outputs)
     graph.inputs[:] = [value for value in graph.inputs if value in read]
     for value in graph.inputs:

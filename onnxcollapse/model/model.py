@@ -11,7 +11,7 @@ import onnx_ir
 import onnx_ir as ir
 
 from onnxcollapse.model import carry, companions, files, loading, saving
-from onnxcollapse.model.skeleton import Skeleton, clone, for_session
+from onnxcollapse.model.skeleton import Imprint, Skeleton, clone, for_session, imprint
 
 Kind = Literal["tensor", "sparse", "sequence", "optional", "other"]
 
@@ -128,6 +128,10 @@ class Model:
     def skeleton(self) -> Skeleton:
         """The model for an ONNX Runtime session that gets the big weights in memory."""
         return for_session(self.ir)
+
+    def imprint(self) -> Imprint:
+        """What tells it from models that compute something else."""
+        return imprint(self.ir)
 
     def signature(self) -> Signature:
         """Inputs and outputs as a caller sees them."""

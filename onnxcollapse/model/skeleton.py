@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import carry, walk
+from onnxcollapse.model.weights import identity
 from onnxcollapse.model.wire import BIG
 
 SESSION_LOCATION = "onnxcollapse.weights"
@@ -28,6 +31,21 @@ class Skeleton:
 
     proto: onnx.ModelProto
     weights: dict[str, ir.TensorProtocol]
+
+
+@dataclass(frozen=True)
+class Imprint:
+    """What a model computes, to tell it from others: equal only for models of the same graph and weights.
+
+    Attributes:
+        graph: Digest of the graph and of its small tensors.
+        weights: What tells its big tensors apart, in a fixed order; they are immutable, so nobody need read them.
+        tensors: These, held so that no later tensor can take over an identity.
+    """
+
+    graph: bytes
+    weights: tuple[Hashable, ...]
+    tensors: tuple[ir.TensorProtocol, ...] = field(compare=False, repr=False)
 
 
 def clone(model: ir.Model) -> ir.Model:
@@ -183,6 +201,20 @@ def for_inference(model: ir.Model) -> onnx.ModelProto:
         return tensor if small else reference(tensor, SESSION_LOCATION, 0)
 
     return strip(encode(model, change))
+
+
+def imprint(model: ir.Model) -> Imprint:
+    """What tells a model from others, without reading its weights."""
+    held: list[ir.TensorProtocol] = []
+
+    def change(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if not is_big(tensor):
+            return tensor
+        held.append(tensor)
+        return reference(tensor, SESSION_LOCATION, 0)
+
+    graph = encode(model, change).SerializeToString(deterministic=True)
+    return Imprint(hashlib.sha256(graph).digest(), tuple(map(identity, held)), tuple(held))
 
 
 def for_checker(model: ir.Model) -> onnx.ModelProto:

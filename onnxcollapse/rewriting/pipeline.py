@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -128,17 +129,21 @@ def _tolerance(model: Model) -> float:
 
 
 def _exactness(
-    model: Model, data: Dataset | None, verifier: Verifier | None, provider: str
+    model: Model, verifier: Verifier | None, beside: Verifier | None = None
 ) -> Callable[[Model], float] | None:
-    """Returns what measures exact rewrites: relative L2 where an output is a float, whatever the budget's metric."""
-    if data is None or verifier is None:
+    """Returns what measures exact rewrites: relative L2 where an output is a float, whatever the budget's metric.
+
+    Args:
+        model: What they are to keep the function of.
+        verifier: Measures against it; None without data.
+        beside: Measures what will be asked next of the model that is left, and does so in the same run.
+    """
+    if verifier is None:
         return None
     floating = any(
         spec.dtype is not None and spec.dtype.is_floating_point() for spec in model.signature().outputs
     )
-    if verifier.metric == "rel-l2" or not floating:
-        return verifier.error
-    return Verifier(model, data, "rel-l2", provider, verifier.cuts).error
+    return functools.partial(verifier.distance, beside=beside) if floating else verifier.error
 
 
 def _journal_for(
@@ -225,8 +230,9 @@ def optimize(
     if data is not None and running is not None:
         data = data.in_batches_of(running.batch)
     extents = Extents(model, budget.target, data, provider)
-    verifier = _verifier(opening, model, data, budget.metric, provider, cuts)
-    stage = ExactStage(work, exact, journal, _exactness(model, data, verifier, provider), _tolerance(model))
+    measuring = () if running is None else running.measuring
+    verifier = _verifier(opening, model, data, budget.metric, provider, measuring)
+    stage = ExactStage(work, exact, journal, _exactness(model, verifier, verifier), _tolerance(model))
     work.ir = opening.noted("exact", journal, lambda: _settled(work, stage)).clone().ir
     if data is not None and verifier is not None and lossy:
         lossy_stage = LossyStage(
@@ -246,8 +252,10 @@ def optimize(
         gone = lossy_stage.gone
         if lossy_stage.changed:
             kept = work.clone()
-            measured = _exactness(kept, data, Verifier(kept, data, budget.metric, provider, cuts), provider)
-            ExactStage(work, exact, journal, measured, _tolerance(model)).run()
+            with Verifier(kept, data, budget.metric, provider, verifier.cuts) as beside:
+                # A third session beside those of the two models is for where memory is no matter.
+                measured = _exactness(kept, beside, None if cuts else verifier)
+                ExactStage(work, exact, journal, measured, _tolerance(model)).run()
     elif lossy:
         for item in lossy:
             journal.add(Entry("declined", item.describe(), "graph", reason=NEEDS_DATA))

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcollapse.calibration.data import DataPart, Dataset
-from onnxcollapse.calibration.segments import Segment, extract, segments
+from onnxcollapse.calibration.segments import Segment, extract, joined
 from onnxcollapse.calibration.sessions import Session, adopt
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Feeds, Walk
 from onnxcollapse.errors import MetricError, ModelError
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, walk
 from onnxcollapse.verification import metrics
 from onnxcollapse.verification.softmax import Kept
 from onnxcollapse.verification.verifier import Verifier
@@ -87,8 +87,6 @@ class Trials:
         self._model, self._verifier, self._provider = model, verifier, provider
         self._part: DataPart = part
         self._walk = Walk(model, data, points, parts=[part], limit=limit, provider=provider)
-        self._points = list(points)
-        self._stretches: dict[tuple[int, int], Segment] = {}
         self._wanted = verifier.wanted(model)
         self._tapes: dict[str, Tape] = {}
         self._metrics: dict[str, metrics.Metric] = {}
@@ -120,12 +118,7 @@ class Trials:
     def _stretch(self, variant: Variant) -> Segment:
         """What a variant differs in, as one segment."""
         first, last = self._reach(variant)
-        if first == last:
-            return self.segments[first]
-        if (first, last) not in self._stretches:
-            points = [*self._points[:first], *self._points[last:]]
-            self._stretches[first, last] = segments(self._model.graph, points)[first]
-        return self._stretches[first, last]
+        return self.segments[first] if first == last else joined(self.segments, first, last)
 
     def run(self, variants: Mapping[str, Variant]) -> Iterator[str]:
         """Walks through the model; gives each variant's key when it has been tried in its own segment.
@@ -203,7 +196,8 @@ class Trials:
         trial = extract(self._model, segment, ends, self._types(segment) | self._types_of(ends), ranks)
         tape = self._tapes[key] = Tape(self._walk.tape)
         try:
-            outcome.told, outcome.problem = variant.change(trial)
+            with walk.collection_paused():
+                outcome.told, outcome.problem = variant.change(trial)
             if outcome.problem is not None:
                 return
             missing = [name for name in given if name not in {value.name for value in trial.graph.outputs}]

@@ -4,7 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcollapse.calibration import GramMatrix, Ref, linear_error, relative_error, ridge_fit
+from onnxcollapse.calibration import GramMatrix, Ref, leastsquares, linear_error, relative_error, ridge_fit
+from onnxcollapse.calibration.leastsquares import Spectrum
 from onnxcollapse.errors import OptionError
 
 
@@ -149,3 +150,42 @@ def test_impossible_options(options):
     gram = GramMatrix.from_rows({"x": x, "y": y})
     with pytest.raises(OptionError):
         ridge_fit(gram, gram, "x", "y", **options)
+
+
+@pytest.mark.parametrize("noise", [0.01, 1.0, 20.0, 300.0])
+def test_a_spectrum_finds_the_ridge_that_trying_each_finds(noise):
+    """Of several targets, by one decomposition; the fit is the same in every bit."""
+    ridges = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+    for seed in range(5):
+        x, y, _ = problem(n=60, noise=noise, seed=seed)
+        parts = slice(30), slice(30, None)
+        features = [GramMatrix.from_rows({"x": x[part]}) for part in parts]
+        fit, heldout = (GramMatrix.from_rows({"x": x[part], "y": y[part]}) for part in parts)
+        spectrum = Spectrum.of(*features)
+        assert spectrum is Spectrum.of(*features)
+        quick = ridge_fit(fit, heldout, "x", "y", ridges, spectrum=spectrum)
+        slow = ridge_fit(fit, heldout, "x", "y", ridges)
+        assert (quick.ridge, quick.error, quick.fit_error) == (slow.ridge, slow.error, slow.fit_error)
+        np.testing.assert_array_equal(quick.matrix, slow.matrix)
+
+
+def test_a_spectrum_leaves_singular_features_to_the_solver_and_wide_ones_alone(monkeypatch):
+    x, y, _ = problem(noise=1.0)
+    x = np.concatenate([x, x[:, :3]], axis=1)
+    gram = GramMatrix.from_rows({"x": x, "y": y})
+    features = GramMatrix.from_rows({"x": x})
+    ridges = (0.0, 1e-2)
+    quick = ridge_fit(gram, gram, "x", "y", ridges, spectrum=Spectrum.of(features, features))
+    assert quick.error == ridge_fit(gram, gram, "x", "y", ridges).error
+    monkeypatch.setattr(leastsquares, "WIDEST", 14)
+    assert Spectrum.of(features, features) is None
+
+
+def test_a_spectrum_goes_with_the_sums_it_is_of():
+    x, _, _ = problem()
+    gram = GramMatrix.from_rows({"x": x})
+    before = len(Spectrum._shared)
+    Spectrum.of(gram, gram)
+    assert len(Spectrum._shared) == before + 1
+    del gram
+    assert len(Spectrum._shared) == before

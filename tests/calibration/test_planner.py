@@ -17,10 +17,12 @@ def test_a_model_is_cut_only_where_it_does_not_fit_whole():
     points = tuple(cut_points(model.graph))
     assert plan(model, 4 << 30).cuts == ()
     assert plan(model, 1).cuts == plan(model, 4 << 30).points == points
+    assert plan(model, 1).measuring == points
+    assert plan(model, 4 << 30).measuring == points[-1:]
 
 
 def test_what_cannot_be_cut_is_said(caplog):
-    assert plan(mlp([4, 8, 4]), 1).cuts == ()
+    assert plan(mlp([4, 8, 4]), 1).cuts == plan(mlp([4, 8, 4]), 1).measuring == ()
     assert "no layers to cut it at" in caplog.text
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from onnxcollapse import open_data
 from onnxcollapse.calibration import Gram, Moments, Ref, Sweep, collect, cut_points
-from onnxcollapse.calibration.segments import extract, segments
+from onnxcollapse.calibration.segments import extract, joined, segments
 from onnxcollapse.calibration.tape import Tape
 from onnxcollapse.calibration.walk import Walk
 from onnxcollapse.model import size
@@ -47,6 +47,18 @@ def assert_same(a, b, tolerance=1e-5):
 
 def test_layers_are_the_cut_points(model):
     assert cut_points(model.graph) == [f"h{i}" for i in range(LAYERS + 1)]
+
+
+def test_joined_segments_are_those_between_fewer_points(model):
+    cuts = cut_points(model.graph)
+    found = segments(model.graph, cuts)
+    for first in range(len(found)):
+        for last in range(first, len(found)):
+            fewer = segments(model.graph, [*cuts[:first], *cuts[last:]])[first]
+            one = joined(found, first, last)
+            assert (one.index, one.makes) == (fewer.index, fewer.makes)
+            for field in ("feeds", "reads", "gives", "outputs"):
+                assert sorted(getattr(one, field)) == sorted(getattr(fewer, field))
 
 
 def test_segments_hold_every_node_once_and_carry_the_side_path(model):

@@ -18,6 +18,7 @@ from onnxcollapse import Budget, Decline, Model, Pass, Proposal, Target, optimiz
 from onnxcollapse.errors import BudgetNotMetError, DataError
 from onnxcollapse.model import edit, size
 from onnxcollapse.rewriting.pipeline import require_met, shortfall
+from onnxcollapse.verification import Verifier
 from tests.rewriting.branches import BRANCH, WIDTH, Branch, Drop, branches, kept, left, remaining, run
 from tests.support import data_for, mlp, outputs, relative, rows
 
@@ -70,6 +71,25 @@ def test_an_exact_pass_that_is_not_is_found_by_measurement_and_the_others_stay(c
     assert outcome == "declined"
     assert "the outputs moved by 0.4" in reason
     assert result.error < 1e-4
+
+
+@pytest.mark.parametrize("metric", ["rel-l2", "cosine"])
+def test_no_stage_runs_what_another_has_measured(monkeypatch, metric):
+    """The exact stage's model runs once, in whatever metric it is held; a chosen plan that stays is measured once."""
+    model = branches(1e-8, 0.001, 0.5)
+    data = data_for(model, rows(200, WIDTH))
+    measured, real = [], Verifier._run
+
+    def counted(self, tallies, model, imprint, part, limit):
+        measured.append((imprint, [tally.spec for tally in tallies]))
+        return real(self, tallies, model, imprint, part, limit)
+
+    monkeypatch.setattr(Verifier, "_run", counted)
+    budget, passes = Budget(0.01, metric), [Drop(claims=True, only=("b0",)), Drop(only=("b1",))]
+    result = optimize(model, data, budget=budget, passes=passes, provider="cpu")
+    assert kept(result) == ["b0", "b1"]
+    assert len({imprint for imprint, _ in measured}) == len(measured) == 2
+    assert [set(specs) for _, specs in measured] == [{"rel-l2", metric}, {metric}]
 
 
 def test_an_exact_pass_is_believed_without_data():

@@ -43,24 +43,96 @@ def test_verifier_measures_the_held_out_part():
         assert verifier.provider.obtained == "CPUExecutionProvider"
 
 
-@pytest.mark.parametrize("limit", [0, 256 << 20])
-def test_the_reference_runs_once_if_its_outputs_are_small(monkeypatch, limit):
+@pytest.fixture
+def runs(monkeypatch):
+    """Grows by one with every batch that any session runs."""
     from onnxcollapse.calibration.sessions import Session
 
-    monkeypatch.setattr("onnxcollapse.verification.verifier.CACHE_BYTES", limit)
-    runs = []
-    run = Session.run
+    seen, run = [], Session.run
 
     def counted(self, feeds):
-        runs.append(self)
+        seen.append(self)
         return run(self, feeds)
 
     monkeypatch.setattr(Session, "run", counted)
+    return seen
+
+
+@pytest.mark.parametrize("limit", [0, 256 << 20])
+def test_the_reference_runs_once_if_its_outputs_are_small(monkeypatch, runs, limit):
+    monkeypatch.setattr("onnxcollapse.verification.verifier.CACHE_BYTES", limit)
     data = open_data({"x": X}, linear(), batch_size=6)
     verifier = Verifier(linear(), data, provider="cpu")
-    errors = [verifier.error(linear(2 * W)) for _ in range(3)]
-    assert errors == [pytest.approx(1, rel=1e-6)] * 3
+    errors = [verifier.error(linear(factor * W)) for factor in (2, 3, 4)]
+    assert errors == pytest.approx([1, 2, 3], rel=1e-6)
     assert len(runs) == (3 * 2 * 2 if limit == 0 else 2 + 3 * 2)
+
+
+def test_of_a_reference_too_large_to_be_kept_only_what_lies_behind_the_last_cut_runs_again(monkeypatch, runs):
+    monkeypatch.setattr("onnxcollapse.verification.verifier.CACHE_BYTES", 0)
+    body = "h = MatMul(x, w)  y = Relu(h)"
+    data = open_data({"x": X}, linear(body=body), batch_size=6)
+    whole = Verifier(linear(body=body), data, provider="cpu")
+    errors = [whole.error(linear(factor * W, body=body)) for factor in (1.5, 2)]
+    cut = Verifier(linear(body=body), data, provider="cpu", cuts=["h"])
+    runs.clear()
+    assert [cut.error(linear(factor * W, body=body)) for factor in (1.5, 2)] == pytest.approx(
+        errors, abs=1e-6
+    )
+    assert len(runs) == 2 * (2 * 2 + 1 + 2)  # two batches: both candidates twice, the reference's two parts
+
+
+def test_a_model_is_measured_once(runs):
+    """Also where it is another copy; not where a weight of it is another."""
+    wide = rng.standard_normal((6, 400)).astype(np.float32)  # not written into the graph
+    reference, changed = (linear(w, outputs="float[N,400] y") for w in (wide, 2 * wide))
+    data = open_data({"x": X}, reference)
+    verifier = Verifier(reference, data, provider="cpu")
+    error = verifier.error(changed)
+    done = len(runs)
+    assert verifier.error(changed.clone()) == error
+    assert len(runs) == done
+    changed.graph.initializers["w"].const_value = ir.tensor(3 * wide)
+    assert verifier.error(changed) == pytest.approx(2 * error, rel=1e-6)
+    assert verifier.error(changed, "fit") > 0
+    assert verifier.error(changed, limit=3) > 0
+    assert len(runs) == done + 1 + 2 + 2
+
+
+def test_the_reference_does_not_run_beside_itself(runs):
+    data = open_data({"x": X}, linear())
+    assert Verifier(linear(), data, provider="cpu").error(linear()) == 0
+    assert len(runs) == 1
+
+
+def test_what_is_asked_next_is_measured_in_the_same_run(runs):
+    changed = W * 1.01 + 0.1
+    data = open_data({"x": X}, linear())
+    verifier = Verifier(linear(), data, "cosine", "cpu")
+    distance = verifier.distance(linear(changed), beside=verifier)
+    assert distance == pytest.approx(expected_rel_l2(data, "heldout", changed), rel=1e-5)
+    done = len(runs)
+    cosine = verifier.error(linear(changed))
+    assert len(runs) == done == 2
+    assert cosine == Verifier(linear(), data, "cosine", "cpu").error(linear(changed))
+
+
+def test_a_run_serves_a_verifier_with_another_reference_too(runs):
+    data = open_data({"x": X}, linear())
+    first, second = (Verifier(linear(factor * W), data, provider="cpu") for factor in (1, 2))
+    assert second.distance(linear(3 * W), beside=first) == pytest.approx(0.5, rel=1e-6)
+    assert len(runs) == 3
+    assert first.error(linear(3 * W)) == pytest.approx(2, rel=1e-6)
+    assert len(runs) == 3
+
+
+def test_a_metric_that_fails_beside_another_fails_where_it_is_asked_for(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(outputs, reference, batch): raise ValueError('no')")
+    data = open_data({"x": X}, linear())
+    verifier = Verifier(linear(), data, f"{tmp_path}/mine.py:f", "cpu")
+    assert verifier.distance(linear(2 * W), beside=verifier) == pytest.approx(1, rel=1e-6)
+    with pytest.raises(MetricError, match="fails with ValueError"):
+        verifier.error(linear(2 * W))
 
 
 def test_the_verifier_keeps_the_model_it_was_given():

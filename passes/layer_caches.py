@@ -34,7 +34,7 @@ class Caches:
     def leaving(self, start: ir.Value, end: ir.Value) -> list[ir.Value]:
         """The cache inputs and outputs that go when the stream at `end` is that at `start`, plus a map of it or not."""
         first, last = self._flow.number(start), self._flow.number(end)
-        if first is None or last is None:
+        if first is None or last is None or not (self._inputs or self._outputs):
             return []
         needed = self._behind_sinks({last: (first,)})
         lost = [before and not now for before, now in zip(self._needed, needed, strict=True)]

@@ -25,10 +25,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
+from onnxcollapse.passes.layer_caches import Caches, drop_caches
 from onnxcollapse.passes.layer_plans import (
     Merge,
     Plan,
-    drop_caches,
     fold_into,
     mapped,
     merge_weights,
@@ -181,13 +181,14 @@ class CollapseLayers(Pass):
             if name not in values:
                 raise ModelError(f"{self.name}: tensor '{name}' is gone; an earlier rewrite consumed it")
         start, end = values[plan.start], values[plan.end]
+        leaving = Caches(model.graph).leaving(start, end)
         for names in plan.weights:
             merge_weights(model, plan, [values[name] for name in names])
         if plan.merge == "fold":
             fold_into(model, plan)
         gain = mapped(model, plan, end, values) if plan.merge == "fit" else None
         pass_by(model, start, end, gain)
-        drop_caches(model, plan.gone)
+        drop_caches(model, leaving)
 
     def plan(self, model: Model, similarity: Similarity) -> list[Proposal] | None:
         """LaCo's search (arXiv 2402.11187, algorithm 1): from the top down, merge while the final state stays alike.
@@ -236,12 +237,14 @@ class CollapseLayers(Pass):
         spans = stream.spans(longest)
         if self.parts and longest > 1 and self.merge in ("fit", "drop"):
             blocks = {node for block in feedforwards(model.graph)[0] for node in block.nodes}
-            spans += [
-                Span((part,), 0) for parts in stream.parts for part in parts if not blocks & set(part.nodes)
-            ]
+            pieces = [part for parts in stream.parts for part in parts if part.is_residual]
+            spans += [Span((part,), 0) for part in pieces if not blocks & set(part.nodes)]
+        caches = Caches(model.graph)
         for span in spans:
-            found = self._plan(span, stream)
-            if isinstance(found, Plan):
+            torn, found = caches.torn(span.start, span.end), self._plan(span, stream)
+            if torn is not None:
+                reasons[span.end.name or ""] = f"its layer would keep the cache '{torn.name}' and lose others"
+            elif isinstance(found, Plan):
                 what = f"{self.merge} {span.layers}" if span.layers else f"{self.merge} part"
                 plans.setdefault(span.end, []).append((what, found, span))
             else:

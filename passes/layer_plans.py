@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxcollapse.calibration.masks import is_cache_name, numbered
 from onnxcollapse.calibration.statistics import Cosine, Cross, Gram, Moments, Ref, Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, weights
@@ -166,29 +165,3 @@ def _sum_in(fused: ir.Node, start: ir.Value, gain: ir.Value | None) -> None:
     elif summands[2] is not None:
         fused.resize_inputs(bias + 1)
         fused.replace_input_with(bias, summands[2])
-
-
-def drop_caches(model: Model, removed: frozenset[str]) -> None:
-    """Takes away the cache outputs of what is gone, and the cache inputs that nothing needs any more."""
-    graph = model.graph
-    before = {v.name for v in graph.inputs if is_cache_name(v.name or "") and v.uses()}
-    graph.outputs[:] = [v for v in graph.outputs if v.name not in removed or not is_cache_name(v.name or "")]
-    edit.prune(model)
-    mine = {v.name for v in graph.inputs if v.name in before and _only_measured(v)}
-    spare = [v for v in graph.inputs if is_cache_name(v.name or "") and v.name not in mine]
-    for value in (v for v in graph.inputs if v.name in mine and v.uses()):
-        other = next((v for v in spare if _same_role(v, value)), None)
-        for node, index in value.uses() if other is not None else ():
-            node.replace_input_with(index, other)
-    graph.inputs[:] = [v for v in graph.inputs if v.name not in mine or v.uses()]
-
-
-def _only_measured(value: ir.Value) -> bool:
-    """Whether nothing but the shape of a tensor is read."""
-    return all(node.op_type in ("Shape", "Size") for node in value.consumers())
-
-
-def _same_role(value: ir.Value, other: ir.Value) -> bool:
-    """Whether two cache inputs have the same name but for its number, and the same shape."""
-    names = {numbered(v.name or "", 0) for v in (value, other)}
-    return len(names) == 1 and str(value.shape) == str(other.shape)

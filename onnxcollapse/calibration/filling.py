@@ -13,6 +13,7 @@ from onnxcollapse.errors import DataError
 from onnxcollapse.model.model import Signature, TensorSpec
 
 TOKENS = ("input_ids", "inputs_embeds")
+_COUNTED = ("attention_mask", "token_type_ids", "position_ids")
 
 
 def check_missing(given: set[str], signature: Signature, label: str) -> None:
@@ -86,9 +87,24 @@ def is_fillable(spec: TensorSpec, given: set[str], signature: Signature) -> bool
         return True
     if not given.intersection(TOKENS):
         return False
-    if spec.name in ("attention_mask", "token_type_ids", "position_ids"):
+    if spec.name in _COUNTED:
         return rank == 2
-    return is_cache_name(spec.name) and rank >= 3 and 0 in _empty_shape(spec, 1, signature)
+    empty = is_cache_name(spec.name) and rank >= 3 and 0 in _empty_shape(spec, 1, signature)
+    return empty and not _is_of_data(spec, signature)
+
+
+def _is_of_data(spec: TensorSpec, signature: Signature) -> bool:
+    """Whether a cache is as long as an input that only data can give, as that of an encoder's states is.
+
+    Where the model is told to use no cache, any length will do.
+    """
+    specs = [s for s in signature.inputs if not is_cache_name(s.name)]
+    if any(other.name == "use_cache_branch" for other in specs):
+        return False
+    batch = {other.shape[0] for other in specs if other.shape}
+    known = (*TOKENS, *_COUNTED)
+    lengths = {dim for other in specs if other.name not in known for dim in other.shape or ()} - batch
+    return any(isinstance(dim, str) and dim in lengths for dim in spec.shape or ())
 
 
 def _fill(spec: TensorSpec, feeds: Mapping[str, np.ndarray], signature: Signature) -> np.ndarray:

@@ -205,6 +205,7 @@ class ProbeSet(Additions):
                 shape = value.shape
                 value = self._op("Sub", [value, self._to_float(self._find(part))])
                 value.shape = None if shape is None else shape.copy()
+                value.type = ir.TensorType(ir.DataType.FLOAT)
             if ref.patches is not None:
                 value = self._patches(value, ref.patches)
             rows = self._flatten(value, ref)
@@ -232,6 +233,7 @@ class ProbeSet(Additions):
             dilations=list(window.dilations),
         )
         picked.shape = ir.Shape([None] * (2 + len(window.kernel_shape)))
+        picked.type = ir.TensorType(ir.DataType.FLOAT)
         return picked
 
     def _some(self, rows: ir.Value, value: ir.Value, positions: int) -> ir.Value:

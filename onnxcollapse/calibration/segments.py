@@ -144,8 +144,8 @@ def extract(
         A model whose inputs are the segment's feeds and reads, as far as they are needed.
     """
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
-    # A removed layer takes its cache inputs along.
-    names = [*(name for name in segment.feeds if name in values), *segment.reads]
+    # A removed layer takes along its cache inputs, and what was computed for it alone in earlier segments.
+    names = [name for name in (*segment.feeds, *segment.reads) if name in values]
     bounds = [values[name] for name in names] + [v for v in model.graph.inputs if v.is_initializer()]
     known = {name: element_type(values[name]) or (types or {}).get(name) for name in names}
     with walk.collection_paused():

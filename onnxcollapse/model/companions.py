@@ -50,6 +50,13 @@ def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
     except ValueError as error:
         logger.warning("%s is no JSON (%s): it is copied as it is and does not follow", companion, error)
         return None
+    if _is_double(root):
+        logger.warning(
+            "%s is of an encoder and a decoder and does not say which of its counts is this model's: it is copied as "
+            "it is; set that count from %d layers to %d by hand",
+            companion, before, len(left),
+        )  # fmt: skip
+        return None
     edits = list(changes(text, root, before, left))
     if not edits:
         logger.warning("%s names no count of %d layers: it is copied as it is", companion, before)
@@ -57,12 +64,15 @@ def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
     return apply(text, edits)
 
 
+def _is_double(part: Part) -> bool:
+    """Whether a config, or that of its text model, counts the layers of an encoder and of a decoder."""
+    told = part.members.get("is_encoder_decoder")
+    inner = (part.members[name] for name in _SCOPES if name in part.members)
+    return (told is not None and told.value is True) or any(map(_is_double, inner))
+
+
 def _config(text: str, scope: Part, before: int, left: tuple[int, ...]) -> Iterator[Edit]:
     members = scope.members
-    double = members.get("is_encoder_decoder")
-    if double is not None and double.value is True:
-        logger.warning("the config is of an encoder and a decoder: set its counts of layers by hand")
-        return
     for name in _SCOPES:
         if name in members:
             yield from _config(text, members[name], before, left)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -122,6 +123,7 @@ class Pricer:
         trials = Trials(self._model, self._data, self._verifier, self._points, provider=self._provider)
         trials.limit = self._samples(variants, trials)
         self._owners = _owners(self._model, trials)
+        self._readers = Counter(name for segment in trials.segments for name in segment.reads)
         with progress.task(label, len(rest)) as task:
             for _ in trials.run(variants):
                 task.advance()
@@ -149,15 +151,27 @@ class Pricer:
 
     def _variant(self, candidate: Candidate) -> Variant:
         def change(scratch: Model) -> tuple[object, str | None]:
-            before, shared = extent(scratch, self._shapes), _tensors(scratch)
+            before, shared, read = extent(scratch, self._shapes), _tensors(scratch), _read(scratch)
             apply(scratch, candidate.maker, candidate.proposal)
-            saving = before - extent(scratch, self._shapes)
-            saving = self._without_shared(saving, shared, _tensors(scratch))
+            if any(self._readers[name] == 1 for name in read - _read(scratch)):
+                saving = self._saved_elsewhere(candidate)
+            else:
+                saving = before - extent(scratch, self._shapes)
+                saving = self._without_shared(saving, shared, _tensors(scratch))
             if self._extents.measure == LATENCY:
                 saving = dataclasses.replace(saving, latency=self._faster(candidate))
             return saving, objection(candidate.maker, saving, self._budget)
 
         return Variant(candidate.tensors | {candidate.proposal.site}, change)
+
+    def _saved_elsewhere(self, candidate: Candidate) -> Saving:
+        """What goes in the whole model, where a segment before it computes something for what goes alone.
+
+        So do those that hold the keys and values of an encoder's states for every layer of its decoder.
+        """
+        trial = self._model.clone()
+        apply(trial, candidate.maker, candidate.proposal)
+        return self._whole - self._extents.of(trial)
 
     def _faster(self, candidate: Candidate) -> float:
         """Seconds that a candidate saves."""
@@ -281,6 +295,11 @@ def _shapes(model: Model, data: Dataset) -> dict[str, tuple[int, ...]]:
 def _tensors(model: Model) -> dict[object, ir.TensorProtocol]:
     values = model.graph.initializers.values()
     return {identity(v.const_value): v.const_value for v in values if v.const_value is not None}
+
+
+def _read(model: Model) -> set[str]:
+    """Names of the inputs that something reads."""
+    return {value.name for value in model.graph.inputs if value.name and value.uses()}
 
 
 def _owners(model: Model, trials: Trials) -> dict[object, int]:

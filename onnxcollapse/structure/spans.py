@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcollapse.structure.blocks import Block, joined, pieces_of_layers
 from onnxcollapse.structure.channels import element_type
 from onnxcollapse.structure.constants import folded, is_op
-from onnxcollapse.structure.dominators import captured, sum_inside
+from onnxcollapse.structure.dominators import captured, operation, sum_inside
 from onnxcollapse.structure.hidden import OperatorsByOutput
 from onnxcollapse.structure.linear import Linear, linear_at
 
@@ -19,6 +19,7 @@ _NORM_OPS = (
     "Add", "Cast", "Div", "Identity", "LayerNormalization", "Mul", "Neg", "Pow", "RMSNormalization", "Reciprocal",
     "ReduceMean", "ReduceSum", "SimplifiedLayerNormalization", "Sqrt", "Sub",
 )  # fmt: skip
+_PASSING = ("Cast", "Dropout", "Identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +115,14 @@ def skip_norm(value: ir.Value) -> ir.Node | None:
 
 
 def last_addition(value: ir.Value) -> Linear | None:
-    """The Linear whose output was added to the stream last, right before `value`."""
-    node = value.producer()
-    while node is not None and is_op(node, "Cast", "Identity", "Dropout") and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or not is_op(node, "Add"):
+    """The Linear whose output was added to the stream last, right before `value`; a skip norm's sum is an `Add`."""
+    label, operands = operation(value)
+    while label in _PASSING and operands[0] is not None:
+        label, operands = operation(operands[0])
+    if label != "Add":
         return None
     linears = OperatorsByOutput().linears()
-    alone = [operand for operand in node.inputs if operand is not None and len(operand.consumers()) == 1]
+    alone = [operand for operand in operands if operand is not None and len(operand.consumers()) == 1]
     return next((linears[operand] for operand in alone if operand in linears), None)
 
 

@@ -17,7 +17,7 @@ What a rank saves and what narrower layers before and behind it save overlap; bo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +35,7 @@ from onnxcollapse.calibration.statistics import (
     Request,
     Statistics,
 )
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, scratch, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 from onnxcollapse.structure import (
@@ -54,7 +55,7 @@ SHARES = (0.9, 0.75, 0.6, 0.48, 0.38, 0.3, 0.24, 0.19, 0.15, 0.12, 0.09, 0.06, 0
 LEAST = 32
 """Channels that a Linear reads and yields at least: below, two products take longer than one."""
 
-MOST = 16384
+MOST = 32768
 """Channels of one site at most; their moments with the input take as many rows of doubles."""
 
 POSITIONS = 64
@@ -144,7 +145,12 @@ class FactorLinear(Pass):
         """Finds all Linears, those that read one tensor as one site."""
         layers = hidden_layers(model.graph)[0]
         feeding = {layer.sources[0].output: layer for layer in layers if len(layer.sources) == 1}
-        for group in _groups(linears(model.graph)):
+        found = linears(model.graph)
+        for linear in found:
+            shared = _shared(linear)
+            if shared is not None:
+                yield Decline(linear.name, f"others read {shared.name}, too, which would be stored twice")
+        for group in _groups(found):
             site = Readers(group, feeding.get(group[0].output) if len(group) == 1 else None)
             reason = self._objection(site)
             yield site if reason is None else Decline(site.name, reason)
@@ -173,15 +179,26 @@ class FactorLinear(Pass):
             return
         yield from self._offers(site, statistics, self._ranks(site))
 
+    def outline(self, site: Readers, proposal: Proposal) -> Proposal:
+        """Factors of the shapes that the site has now, filled with nothing."""
+        rank = int(proposal.variant.split()[-1])
+        first, second = (ir.tensor(np.zeros(shape)) for shape in ((site.d_in, rank), (rank, site.d_out)))
+        return replace(proposal, payload=Factors(first, second, np.zeros(site.d_out)))
+
     def refit(self, site: Readers, proposal: Proposal, statistics: Statistics) -> Proposal | None:
         """Fits the same rank again to other statistics."""
         rank = int(proposal.variant.split()[-1])
-        return next(self._offers(site, statistics, [rank]), None)
+        return next(self._offers(site, statistics, [rank], again=True), None)
 
     def rewrite(self, model: Model, site: Readers, proposal: Proposal) -> None:
         """Puts both factors in; outputs keep their names."""
         found: Factors = proposal.payload
         first, second = weights.array(found.first), weights.array(found.second)
+        if (len(first), second.shape[1]) != (site.d_in, site.d_out):
+            raise ModelError(
+                f"{self.name}: {site.name}: factors for {len(first)} x {second.shape[1]} are none of what is "
+                f"{site.d_in} x {site.d_out} behind other rewrites"
+            )
         start = site.linears[0]
         thin = build_linear(model.graph, start.node, start, start.input, first, None)
         place = 0
@@ -199,15 +216,6 @@ class FactorLinear(Pass):
             return f"{site.d_in} x {site.d_out} is small: two products would take longer than one"
         if max(site.d_in, site.d_out) > MOST:
             return f"{site.d_in} x {site.d_out} is more than the {MOST} channels whose moments can be held"
-        owners = frozenset(site.nodes)
-        shared = [
-            value
-            for linear in site.linears
-            for value in (linear.weight, linear.bias)
-            if value is not None and is_shared(value, owners)
-        ]
-        if shared:
-            return f"others read {shared[0].name}, too, which would be stored twice"
         return None if self._ranks(site) else f"no multiple of {self.align} is a rank that saves anything"
 
     def _ranks(self, site: Readers) -> list[int]:
@@ -216,10 +224,16 @@ class FactorLinear(Pass):
         ranks = {max(round(below * share / self.align), 1) * self.align for share in SHARES}
         return sorted((rank for rank in ranks if rank < below), reverse=True)
 
-    def _offers(self, site: Readers, statistics: Statistics, ranks: Sequence[int]) -> Iterator[Proposal]:
-        fit = _assembled(site, statistics.fit(_gram(site)), [statistics.fit(x) for x in _crosses(site)])
+    def _offers(
+        self, site: Readers, statistics: Statistics, ranks: Sequence[int], *, again: bool = False
+    ) -> Iterator[Proposal]:
+        """Fits ranks that have as much to say; `again` one that was chosen, however little is left of its input."""
+        kept = np.zeros(site.d_out)
+        if not site.biased:  # a fit through the origin, with what biases there are as they were
+            kept = np.concatenate([linear.offset() for linear in site.linears])
+        fit = _assembled(site, kept, statistics.fit(_gram(site)), [statistics.fit(x) for x in _crosses(site)])
         heldout = _assembled(
-            site, statistics.heldout(_gram(site)), [statistics.heldout(x) for x in _crosses(site)]
+            site, kept, statistics.heldout(_gram(site)), [statistics.heldout(x) for x in _crosses(site)]
         )
         counts = None if site.behind is None else importance(site.behind, fit)
         if not site.biased:
@@ -231,12 +245,12 @@ class FactorLinear(Pass):
             scale = np.sqrt(np.maximum(counts, FAINT * counts.mean()))
         basis = _directions(problem.G, base.matrix * scale, max(ranks, default=0))
         for rank in ranks:
-            if rank > basis.shape[1]:
+            if rank > basis.shape[1] and not again:
                 continue
             first = (base.matrix * scale) @ basis[:, :rank]
             second = basis[:, :rank].T / scale
-            offset = problem.y_mean - (problem.x_mean @ first) @ second
-            error = relative_error(heldout, 1, 2, first @ second, offset)
+            offset = kept + problem.y_mean - (problem.x_mean @ first) @ second
+            error = relative_error(heldout, 1, 2, first @ second, offset - kept)
             detail = f"{site.d_in} x {site.d_out} of rank {rank}, ridge {base.ridge:g}"
             payload = Factors(_held(first), _held(second), offset)
             yield Proposal(
@@ -245,12 +259,21 @@ class FactorLinear(Pass):
 
 
 def _groups(found: Iterable[Linear]) -> list[tuple[Linear, ...]]:
-    """Linears by what they read and how they are spelled, in graph order."""
+    """Linears by what they read, where its channels lie and the type they compute in, in graph order.
+
+    However each is spelled: gate and up of a block have to go on reading one tensor. Those whose weights others read,
+    too, are left out.
+    """
     groups: dict[object, list[Linear]] = {}
-    for linear in found:
-        spelled = linear.kind, linear.axis, linear.transposed, linear.dtype
-        groups.setdefault((linear.input, spelled), []).append(linear)
+    for linear in (linear for linear in found if _shared(linear) is None):
+        groups.setdefault((linear.input, linear.axis, linear.dtype), []).append(linear)
     return [tuple(group) for group in groups.values()]
+
+
+def _shared(linear: Linear) -> ir.Value | None:
+    """A weight or bias that something else reads, too."""
+    operands = (value for value in (linear.weight, linear.bias) if value is not None)
+    return next((value for value in operands if is_shared(value, frozenset(linear.nodes))), None)
 
 
 def _gram(site: Readers) -> Gram:
@@ -274,12 +297,14 @@ def _positions(linear: Linear) -> int | None:
     return POSITIONS if linear.kind == "conv" and (linear.rank or 0) > 2 else None
 
 
-def _assembled(site: Readers, features: GramMatrix, crosses: Sequence[CrossMoments]) -> GramMatrix:
-    """The sums of [1, x, all outputs]."""
+def _assembled(
+    site: Readers, kept: np.ndarray, features: GramMatrix, crosses: Sequence[CrossMoments]
+) -> GramMatrix:
+    """The sums of [1, x, all outputs less what biases are kept]."""
     first = crosses[0]
     beside = CrossMoments(
         first.count,
-        (first.means[0], np.concatenate([cross.means[1] for cross in crosses])),
+        (first.means[0], np.concatenate([cross.means[1] for cross in crosses]) - kept),
         (first.variances[0], np.concatenate([cross.variances[1] for cross in crosses])),
         np.concatenate([cross.covariance for cross in crosses], axis=1),
     )

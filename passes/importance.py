@@ -17,11 +17,12 @@ FARTHEST = 8
 
 def hidden_behind(model: Model, output: ir.Value) -> HiddenLayer | None:
     """The hidden layer whose only source has this output: a few elementwise nodes lie up to its consumer."""
-    waiting = [(output, FARTHEST)]
+    waiting, seen = [(output, FARTHEST)], {output}
     while waiting:
-        value, left = waiting.pop()
+        value, left = waiting.pop(0)
         for node in value.consumers() if left else ():
-            for made in node.outputs:
+            for made in (x for x in node.outputs if x not in seen):
+                seen.add(made)
                 found = hidden_layer_at(model.graph, made.name or "")
                 if found is not None and [source.output for source in found.sources] == [output]:
                     return found

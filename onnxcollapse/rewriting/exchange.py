@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,19 +42,18 @@ class Move:
         to: The variant, None for none.
         saved: What it saves more than now.
         cost: What it costs more than now.
-        keys: The site and pairs of it and each neighbour: of moves that share one only one is sized right.
+        keys: Pairs of the site and each neighbour: of moves that share one only one is sized right.
     """
 
     site: tuple[str, str]
     to: Candidate | None
     saved: float
     cost: float
-    keys: frozenset[object]
+    keys: frozenset[Hashable]
 
-    @property
-    def holds(self) -> frozenset[str]:
-        """What moves exclude each other by in any case."""
-        return frozenset() if self.to is None else self.to.nodes
+    def holds(self, apart: bool) -> list[Hashable]:
+        """What only one of all moves may hold; of neighbours that stay `apart` only one may move."""
+        return [self.site, *(self.keys if apart else ()), *(() if self.to is None else self.to.nodes)]
 
 
 class Exchange:
@@ -81,62 +80,67 @@ class Exchange:
         for variants in self._sites.values():
             variants.sort(key=lambda item: item.saving.of(measure))
         self._near: dict[tuple[str, str], set[tuple[str, str]]] = {site: set() for site in self._sites}
-        for (one, a), (other, b) in itertools.combinations(self._sites.items(), 2):
-            if a[0].overlaps(b[0]):
+        whole = {site: _union(variants) for site, variants in self._sites.items()}
+        for (one, a), (other, b) in itertools.combinations(whole.items(), 2):
+            if a.overlaps(b):
                 self._near[one].add(other)
                 self._near[other].add(one)
 
-    def improved(self, chosen: Sequence[Candidate], room: float) -> list[Candidate]:
-        """A selection of less error that is as small.
+    def better(self, chosen: Sequence[Candidate], room: float) -> list[Candidate]:
+        """A selection of less error that is small enough.
 
         Args:
             chosen: The selection to begin with, inside the room.
             room: Largest size.
         """
+
+        def step(now: Sequence[Candidate], moves: Sequence[Move], apart: bool) -> list[Candidate] | None:
+            spare = room - self._size(now)
+            asked = spare
+            for _ in range(3):
+                found = _taken(now, moves, [m.cost for m in moves], [-m.saved for m in moves], asked, apart)
+                over = math.inf if found is None else self._size(found) - self._size(now) - spare
+                if found is None or over <= 0:
+                    return found
+                asked -= over  # savings between two variants that were sized are estimated
+            return None
+
+        return self._climb(chosen, step, self._total)
+
+    def smaller(self, chosen: Sequence[Candidate], allowed: float) -> list[Candidate]:
+        """A selection that saves more at an error that is allowed.
+
+        Args:
+            chosen: The selection to begin with, at such an error.
+            allowed: Largest sum of costs.
+        """
+
+        def step(now: Sequence[Candidate], moves: Sequence[Move], apart: bool) -> list[Candidate] | None:
+            spare = allowed - self._total(now)
+            return _taken(now, moves, [-m.saved for m in moves], [m.cost for m in moves], spare, apart)
+
+        return self._climb(chosen, step, self._size)
+
+    def _climb(
+        self,
+        chosen: Sequence[Candidate],
+        step: Callable[[Sequence[Candidate], Sequence[Move], bool], list[Candidate] | None],
+        value: Callable[[Sequence[Candidate]], float],
+    ) -> list[Candidate]:
+        """Takes steps while they lower a value, each the better one of neighbours apart and together."""
         best = list(chosen)
         for _ in range(STEPS):
             here = {item.key[:2]: item for item in best}
             moves = [move for site in self._sites for move in self._moves(site, here)]
-            steps = [self._step(best, moves, room - self._size(best), apart) for apart in (True, False)]
-            now, then, step = self._total(best), math.inf, best
-            for found in steps:
-                if found is not None and self._total(found) < then:
-                    then, step = self._total(found), found
-            logger.debug(
-                "%d of %d rewrites exchanged: %.4g -> %.4g", len(set(step) - set(best)), len(step), now, then
-            )
+            steps = [step(best, moves, apart) for apart in (True, False)] if moves else []
+            found = min((one for one in steps if one is not None), key=value, default=best)
+            now, then = value(best), value(found)
+            changed = len(set(found) - set(best))
+            logger.debug("%d of %d rewrites exchanged: %.4g -> %.4g", changed, len(found), now, then)
             if not then < (1.0 - GAIN) * now:
                 break
-            best = step
+            best = found
         return best
-
-    def _step(
-        self, chosen: list[Candidate], moves: Sequence[Move], spare: float, apart: bool
-    ) -> list[Candidate] | None:
-        """The selection after the best set of moves, neighbours `apart` or not; None where none is inside the room."""
-        if not moves:
-            return None
-        saved = np.array([move.saved for move in moves])
-        cost = np.array([move.cost for move in moves])
-        saved_unit, cost_unit = (max(float(np.abs(array).max()), 1e-30) for array in (saved, cost))
-        rule = exclusive([move.keys if apart else [move.site, *move.holds] for move in moves])
-        asked = spare
-        for _ in range(3):
-            taken = solve(cost / cost_unit, [rule, (saved / saved_unit, -asked / saved_unit, np.inf)])
-            if taken is None:
-                return None
-            after = {item.key[:2]: item for item in chosen}
-            for move in itertools.compress(moves, taken):
-                if move.to is None:
-                    del after[move.site]
-                else:
-                    after[move.site] = move.to
-            found = sorted(after.values(), key=lambda item: item.order)
-            over = self._size(found) - self._size(chosen) - spare
-            if over <= 0:
-                return found
-            asked -= over  # savings between two variants that were sized are estimated
-        return None
 
     def _total(self, chosen: Sequence[Candidate]) -> float:
         return sum(map(self._cost, chosen))
@@ -149,7 +153,7 @@ class Exchange:
         others = [here[other] for other in self._near[site] if other in here]
         held = frozenset[str]().union(*(item.nodes for key, item in here.items() if key != site))
         near = [item for item in near if not item.nodes & held]
-        keys = frozenset([site, *(frozenset((site, other)) for other in self._near[site])])
+        keys = frozenset[Hashable](frozenset((site, other)) for other in self._near[site])
         without = self._size(others) if others else None
         before = 0.0 if now is None else self._saved([now], others, without)[0]
         paid = 0.0 if now is None else self._cost(now)
@@ -169,3 +173,32 @@ class Exchange:
             return alone
         sized = [without - self._size([*others, item]) for item in dict.fromkeys((same[0], same[-1]))]
         return np.interp(alone, [alone[0], alone[-1]][: len(sized)], sized).tolist()
+
+
+def _taken(
+    now: Sequence[Candidate],
+    moves: Sequence[Move],
+    worth: Sequence[float],
+    use: Sequence[float],
+    spare: float,
+    apart: bool,
+) -> list[Candidate] | None:
+    """The selection after those moves whose `worth` adds up to the least, and whose `use` to no more than `spare`."""
+    values, uses = np.array(worth), np.array(use)
+    value_unit, use_unit = (max(float(np.abs(array).max()), 1e-30) for array in (values, uses))
+    rules = [exclusive([move.holds(apart) for move in moves]), (uses / use_unit, -np.inf, spare / use_unit)]
+    taken = solve(values / value_unit, rules)
+    if taken is None:
+        return None
+    after = {item.key[:2]: item for item in now}
+    for move in itertools.compress(moves, taken):
+        if move.to is None:
+            del after[move.site]
+        else:
+            after[move.site] = move.to
+    return sorted(after.values(), key=lambda item: item.order)
+
+
+def _union(variants: Sequence[Candidate]) -> Candidate:
+    """One that holds what any variant of a site does."""
+    return replace(variants[0], tensors=frozenset[str]().union(*(item.tensors for item in variants)))

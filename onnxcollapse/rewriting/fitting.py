@@ -63,12 +63,21 @@ def _names(node: ir.Node) -> list[str]:
     return [value.name for value in node.outputs if value.name]
 
 
-def apply(model: Model, maker: Pass, proposal: Proposal) -> None:
+def apply(model: Model, maker: Pass, proposal: Proposal, *, outline: bool = False) -> None:
     """Applies a proposal and leaves a valid graph with nothing dead in it.
+
+    Args:
+        model: Edited in place.
+        maker: The pass.
+        proposal: The proposal.
+        outline: Whether only sizes will be taken of the model, so that the proposal need not be fitted to it.
 
     Raises:
         ModelError: The rewrite failed or left no valid graph.
     """
+    if outline:
+        with blamed(maker):
+            proposal = maker.outline(site_of(maker, model, proposal.site), proposal)
     maker.apply(model, [proposal])
     edit.prune(model)
     edit.check(model)

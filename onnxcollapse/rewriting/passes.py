@@ -99,6 +99,13 @@ class Pass(abc.ABC):
                 return offer
         return None
 
+    def outline(self, site: Any, proposal: Proposal) -> Proposal:
+        """The same rewrite in the shapes that a site has behind other rewrites, whatever its numbers.
+
+        Only sizes are taken of a model that it is applied to. By default a proposal fits whatever a site has become.
+        """
+        return proposal
+
     def plan(self, model: Model, similarity: Callable[[Model], float]) -> list[Proposal] | None:
         """Searches by itself, as some published methods do, and says what to apply one after the other.
 

@@ -108,8 +108,13 @@ class Pricer:
         prices = []
         for key, variants in sites.items():
             known = [measured[item.key] for item in anchors[key]]
-            prices += [measured.get(item.key) or _between(item, known, self._judge) for item in variants]
+            prices += [measured.get(item.key) or self._estimated(item, known) for item in variants]
         return prices
+
+    def _estimated(self, candidate: Candidate, known: Sequence[Price]) -> Price:
+        price = _between(candidate, known, self._judge)
+        problem = objection(candidate.maker, price.candidate.saving, self._budget)
+        return price if problem is None else dataclasses.replace(price, objection=price.objection or problem)
 
     def _measure(
         self, candidates: Sequence[Candidate], progress: Progress, label: str
@@ -264,7 +269,11 @@ def _between(
     ratio = wanted / predicted if predicted > 0 else 1.0  # a pass need not predict what it saves
     impact, saved = _power_law(error, x, y), nearest.saving
     saving = Saving(
-        round(saved.params * ratio), round(saved.bytes * ratio), round(saved.flops * ratio), saved.nodes
+        round(saved.params * ratio),
+        round(saved.bytes * ratio),
+        round(saved.flops * ratio),
+        saved.nodes,
+        saved.latency * ratio,
     )
     tried = dataclasses.replace(candidate, saving=saving, impact=impact)
     return judge(tried, False)

@@ -168,7 +168,10 @@ class Search:
         return choose(self._rest, self._measure, needed=ask, power=self._power, already=self._already)
 
     def _allowed(self, aim: float) -> list[Candidate]:
-        return choose(self._rest, self._measure, allowed=aim, power=self._power, already=self._already)
+        chosen = choose(self._rest, self._measure, allowed=aim, power=self._power, already=self._already)
+        if self._measure == LATENCY or not _overlap(chosen):
+            return chosen
+        return self._exchange.smaller(chosen, aim**self._power)
 
     def _fast_enough(self, wanted: float) -> Trial | None:
         """Reaches a latency: savings of stretches do not add up to that of the model, so what is asked for follows."""
@@ -197,8 +200,8 @@ class Search:
         best: list[Candidate] = []
         for _ in range(SIZINGS):
             chosen = self._saving(ask)
-            if not chosen or not _overlap(chosen):
-                return best or chosen
+            if not chosen or (ask == wanted and not _overlap(chosen)):
+                return chosen
             saved = self._before - self._size(chosen)
             logger.debug("asked to save %.4g, %d rewrites save %.4g of %.4g", ask, len(chosen), saved, wanted)
             if saved >= wanted:
@@ -211,7 +214,7 @@ class Search:
             ask = (low + high) / 2 if math.isfinite(high) else wider
             if sum(item.saving.of(self._measure) for item in chosen) < low:
                 break  # this is all there is
-        return self._exchange.improved(best, self._before - wanted) if best else chosen
+        return self._exchange.better(best, self._before - wanted) if best else chosen
 
     @functools.cached_property
     def _exchange(self) -> Exchange:
@@ -238,7 +241,7 @@ class Search:
         trial = self._start.clone()
         try:
             for item in sorted(group, key=lambda item: item.order):
-                apply(trial, item.maker, item.proposal)
+                apply(trial, item.maker, item.proposal, outline=True)
         except ModelError as problem:
             logger.debug("a selection cannot be sized: %s", problem)
             return sum(item.saving.of(self._measure) for item in group)

@@ -51,8 +51,12 @@ class Candidate:
         return self.position, self.proposal.cuts != "rank"
 
     def overlaps(self, other: Candidate) -> bool:
-        """Whether both cut one weight: what one yields is what makes the channels of the other."""
-        return self.proposal.site in other.tensors or other.proposal.site in self.tensors
+        """Whether both may cut one weight: they share nodes, or what one yields makes the channels of the other."""
+        return (
+            self.proposal.site in other.tensors
+            or other.proposal.site in self.tensors
+            or not self.tensors.isdisjoint(other.tensors)
+        )
 
 
 def held(node: ir.Node, cuts: str) -> tuple[str, ...]:

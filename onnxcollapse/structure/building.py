@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.errors import ModelError
@@ -13,6 +14,9 @@ from onnxcollapse.model import edit
 from onnxcollapse.structure.constants import Array
 from onnxcollapse.structure.convolution import Convolution
 from onnxcollapse.structure.linear import Linear
+
+BARE_GEMM = 11
+"""The opset from which on a Gemm may do without a bias."""
 
 Store = Callable[[ir.Graph, str, Array, ir.DataType], ir.Value]
 """Makes an initializer of an array: graph, hint for its name, array, element type."""
@@ -57,6 +61,8 @@ def build_linear(
         if like.kind == "conv":
             stored = stored.reshape(*stored.shape, *[1] * ((like.rank or 4) - 2))
         operands = [x, store(graph, f"{hint}_weight", stored, like.dtype)]
+        if offset is None and like.kind == "gemm" and graph.opset_imports.get("", BARE_GEMM) < BARE_GEMM:
+            offset = np.zeros(matrix.shape[1])
         if offset is not None:
             operands.append(store(graph, f"{hint}_bias", offset, like.dtype))
         nodes = [_node(like, like.node.op_type, operands, hint, _attributes(like))]

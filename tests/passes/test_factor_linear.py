@@ -14,8 +14,9 @@ from onnxcollapse.passes.narrow_ffn import NarrowFfn
 
 from onnxcollapse import Budget, Decline, Model, Proposal, Target, optimize
 from onnxcollapse.calibration import collect
-from onnxcollapse.errors import OptionError
+from onnxcollapse.errors import ModelError, OptionError
 from onnxcollapse.model import size
+from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.registry import parse
 from onnxcollapse.structure import hidden_layers, linears
 from tests.passes.narrowing import at, correlated, heldout, narrowed, offers, reasons, site_error
@@ -192,6 +193,89 @@ def test_a_rank_before_a_gate_leaves_the_block_what_it_is():
     assert {entry.pass_name for entry in kept(result)} == {"factor-linear", "narrow-ffn:skip=False"}
     blocks = [layer.block for layer in hidden_layers(result.model.graph)[0] if layer.block is not None]
     assert any(block.gate is not None for block in blocks)
+
+
+@pytest.mark.parametrize("biases", [(1.0, 0.0), (1.0, None), (None, None)])
+def test_biases_that_only_some_have_stay(biases):
+    net, space = Net(11), np.random.default_rng(0).normal(size=(40, 8)) / 6
+    read = []
+    for name, bias in zip("qk", biases, strict=True):
+        offset = None if bias is None else np.full(40, bias)
+        read.append(net.linear("x", space @ net.random.normal(size=(8, 40)), offset, name=name))
+    net.op("Tanh", net.op("Concat", *read, axis=-1), name="y")
+    model = net.model({"x": ["n", 40]}, {"y": ["n", 80]})
+    result = run(model, rows(400, 40), 2e-3)
+    assert [(entry.site, entry.variant) for entry in kept(result)] == [("q", "rank 8")]
+    assert sum("Add" in node.op_type for node in result.model.graph) == sum(b is not None for b in biases)
+
+
+def test_gate_and_up_share_the_first_factor_however_each_is_spelled():
+    net = Net(12)
+    space = net.random.normal(size=(40, 8)) / 6
+    gate, up = (space @ net.random.normal(size=(8, 96)) for _ in range(2))
+    z = net.op("Gemm", "x", net.const(gate), net.const(np.zeros(96)))
+    u = net.op("Gemm", "x", net.const(up.T), net.const(np.zeros(96)), transB=1)
+    net.dense(net.op("Mul", net.op("Sigmoid", z), u), 96, 40, spelling="gemm", name="y")
+    model = net.model({"x": ["n", 40]}, {"y": ["n", 40]})
+    result = run(model, rows(400, 40), None, Target("params", 0.45), [FactorLinear(), NarrowFfn(skip=False)])
+    assert result.met
+    assert not any(entry.outcome == "rolled-back" for entry in result.journal)
+    assert {entry.pass_name for entry in kept(result)} == {"factor-linear", "narrow-ffn:skip=False"}
+
+
+@pytest.mark.parametrize("opset", [9, 10, 13])
+def test_a_gemm_that_needs_a_bias_gets_one(opset):
+    net = Net(13)
+    net.op("Gemm", "x", net.const(thin(net, 40, 48)), net.const(np.ones(48)), name="y")
+    model = net.model({"x": ["n", 40]}, {"y": ["n", 48]}, opset)
+    assert [entry.variant for entry in kept(run(model, rows(400, 40), 2e-3))] == ["rank 8"]
+
+
+def parallel_blocks(blocks: int = 3) -> Model:
+    """h + attention-like(h) + FFN(h): query, value and the FFN's first Linear read one tensor."""
+    net, h = Net(14), "x"
+    for block in range(blocks):
+        q, v = (net.dense(h, 48, 48, spelling="matmul", name=f"{name}{block}") for name in "qv")
+        mixed = net.dense(net.op("Mul", net.op("Sigmoid", q), v), 48, 48, spelling="matmul", name=f"o{block}")
+        hidden = net.op("Relu", net.dense(h, 48, 96, spelling="matmul", name=f"up{block}"))
+        update = net.dense(hidden, 96, 48, spelling="matmul", name=f"down{block}")
+        h = net.op("Add", h, net.op("Add", mixed, update), name=f"h{block}")
+    net.dense(h, 48, 8, spelling="matmul", name="y")
+    return net.model({"x": ["n", 48]}, {"y": ["n", 8]})
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_a_target_is_met_closely_where_a_rank_is_shared_with_what_is_no_part_of_a_block(share):
+    model, passes = parallel_blocks(), [NarrowFfn(skip=False), FactorLinear()]
+    result = run(model, correlated(500, 48), None, Target("params", share), passes)
+    assert result.met
+    assert share - 0.03 <= result.after.params / result.before.params <= share
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.2])
+def test_under_a_budget_nothing_is_kept_that_grows_the_model(budget):
+    """Ranks that pay alone need not pay beside narrower layers."""
+    model, x = mlp([64, 128, 128, 128, 64], "Tanh"), correlated(500, 64)
+    narrower = run(model, x, budget, passes=[NarrowFfn()])
+    both = run(model, x, budget, passes=[NarrowFfn(), FactorLinear()])
+    assert both.met
+    assert all(entry.saving.params > 0 for entry in kept(both))
+    assert both.after.params <= 1.2 * narrower.after.params
+
+
+def test_factors_for_other_shapes_are_refused_but_sized():
+    model, item = mlp([40, 64, 48]), FactorLinear()
+    [_, offered] = offers(model, data_for(model, correlated(300, 40)), item).values()
+    mildest = offers(model, data_for(model, rows(300, 40)), NarrowFfn())["y"][-1]
+    narrower = narrowed(model, NarrowFfn(), mildest)
+    with pytest.raises(
+        ModelError, match=r"y: factors for 64 x 48 are none of what is \d+ x 48 behind other rewrites"
+    ):
+        apply(narrower, item, offered[-1])
+    before = size(narrower).params
+    apply(narrower, item, offered[-1], outline=True)
+    width, rank = (int(variant.split()[1]) for variant in (mildest.variant, offered[-1].variant))
+    assert before - size(narrower).params == width * 48 - rank * (width + 48) > 0
 
 
 def test_refit_gives_the_same_rank_again():

@@ -51,7 +51,7 @@ class Chain:
         )
 
     def improved(self, chosen, room):
-        return Exchange(self.items, "params", self.size, lambda item: item.impact).improved(chosen, room)
+        return Exchange(self.items, "params", self.size, lambda item: item.impact).better(chosen, room)
 
     def best(self, room):
         """The least cost of all selections inside the room."""
@@ -87,17 +87,31 @@ def test_what_is_free_to_leave_leaves():
 
 
 def test_sites_that_exclude_each_other_are_not_both_taken():
-    chain = Chain(3, [1.0, 0.01, 0.01], shared=True)
-    start = [chain.items[2]]
-    found = chain.improved(start, chain.size(start))
-    assert len(found) == 1
+    """From nothing, what saves most is one cut in each layer; they hold one key, though they are no neighbours."""
+    for shared, count in ((False, 2), (True, 1)):
+        chain = Chain(3, [1.0, 100.0, 1.0], shared=shared)
+        exchange = Exchange(chain.items, "params", chain.size, lambda item: item.impact)
+        assert len(exchange.smaller([], 20.0)) == count
+
+
+@given(costs=st.lists(st.floats(0.1, 10), min_size=3, max_size=4), allowed=st.floats(1, 100))
+@settings(deadline=None, max_examples=30)
+def test_more_is_saved_at_an_error_that_is_allowed(costs, allowed):
+    chain = Chain(len(costs), costs)
+    exchange = Exchange(chain.items, "params", chain.size, lambda item: item.impact)
+    found = exchange.smaller([], allowed)
+    assert sum(item.impact for item in found) <= allowed * (1 + 1e-9)
+    by_site = [[None, *chain.items[3 * layer : 3 * layer + 3]] for layer in range(chain.layers)]
+    selections = ([item for item in picks if item is not None] for picks in itertools.product(*by_site))
+    best = min(chain.size(s) for s in selections if sum(i.impact for i in s) <= allowed)
+    assert best <= chain.size(found) <= 1.25 * best
 
 
 def test_a_selection_that_cannot_get_better_stays():
     chain = Chain(2, [1.0, 1.0])
     start = [chain.items[0]]
     assert chain.improved(start, chain.size(start)) == start
-    assert Exchange([], "params", chain.size, lambda item: item.impact).improved([], 0.0) == []
+    assert Exchange([], "params", chain.size, lambda item: item.impact).better([], 0.0) == []
 
 
 def test_only_a_few_variants_of_a_site_are_sized():

@@ -15,8 +15,9 @@ demo: $(VENV)/.installed
 	@echo "--- quality after"
 	$(BIN)/python -m models.fashion_mlp -o $(OUT) --measure $(OUT)/small.onnx
 
+# One process for each core and one thread each: what tests multiply is too small for threads to help.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -30,7 +30,7 @@ REACH = 3
 """Variants by which a site moves at once."""
 
 GAIN = 1e-3
-"""Share of the error by which a step has to lower it."""
+"""Share of the error, or of the size, by which a step has to lower it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,11 +146,11 @@ class FactorLinear(Pass):
         layers = hidden_layers(model.graph)[0]
         feeding = {layer.sources[0].output: layer for layer in layers if len(layer.sources) == 1}
         found = linears(model.graph)
-        for linear in found:
-            shared = _shared(linear)
-            if shared is not None:
-                yield Decline(linear.name, f"others read {shared.name}, too, which would be stored twice")
-        for group in _groups(found):
+        shared = [(linear, _shared(linear)) for linear in found]
+        for linear, value in shared:
+            if value is not None:
+                yield Decline(linear.name, f"others read {value.name}, too, which would be stored twice")
+        for group in _groups(linear for linear, value in shared if value is None):
             site = Readers(group, feeding.get(group[0].output) if len(group) == 1 else None)
             reason = self._objection(site)
             yield site if reason is None else Decline(site.name, reason)
@@ -162,7 +162,7 @@ class FactorLinear(Pass):
             return None
         readers = set(start.input.consumers())
         found = (linear_at(node) for node in model.graph if node in readers)
-        groups = _groups(linear for linear in found if isinstance(linear, Linear))
+        groups = _groups(x for x in found if isinstance(x, Linear) and _shared(x) is None)
         group = next((group for group in groups if group[0].name == name), None)
         if group is None:
             return None
@@ -261,11 +261,10 @@ class FactorLinear(Pass):
 def _groups(found: Iterable[Linear]) -> list[tuple[Linear, ...]]:
     """Linears by what they read, where its channels lie and the type they compute in, in graph order.
 
-    However each is spelled: gate and up of a block have to go on reading one tensor. Those whose weights others read,
-    too, are left out.
+    However each is spelled: gate and up of a block have to go on reading one tensor.
     """
     groups: dict[object, list[Linear]] = {}
-    for linear in (linear for linear in found if _shared(linear) is None):
+    for linear in found:
         groups.setdefault((linear.input, linear.axis, linear.dtype), []).append(linear)
     return [tuple(group) for group in groups.values()]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -24,17 +25,24 @@ class Caches:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._flow = ValueGraph(graph)
+        self._graph = graph
         self._outputs = [value for value in graph.outputs if _is_cache(value)]
         self._inputs = [value for value in graph.inputs if _is_cache(value)]
-        sinks = (self._flow.number(value) for value in graph.outputs if not _is_cache(value))
-        self._sinks = {number for number in sinks if number is not None}
-        self._needed = self._behind_sinks({})
+
+    @functools.cached_property
+    def _flow(self) -> ValueGraph:
+        return ValueGraph(self._graph)
+
+    @functools.cached_property
+    def _needed(self) -> list[bool]:
+        return self._behind_sinks({})
 
     def leaving(self, start: ir.Value, end: ir.Value) -> list[ir.Value]:
         """The cache inputs and outputs that go when the stream at `end` is that at `start`, plus a map of it or not."""
+        if not (self._inputs or self._outputs):
+            return []  # most graphs have none: nothing of theirs is walked through
         first, last = self._flow.number(start), self._flow.number(end)
-        if first is None or last is None or not (self._inputs or self._outputs):
+        if first is None or last is None:
             return []
         needed = self._behind_sinks({last: (first,)})
         lost = [before and not now for before, now in zip(self._needed, needed, strict=True)]
@@ -56,8 +64,10 @@ class Caches:
     def _behind_sinks(self, instead: dict[int, tuple[int, ...]]) -> list[bool]:
         """For each tensor, whether an output that is no cache is computed from it, some from others than they are."""
         found = [False] * len(self._flow.values)
-        for number in self._sinks:
-            found[number] = True
+        for value in self._graph.outputs:
+            number = None if _is_cache(value) else self._flow.number(value)
+            if number is not None:
+                found[number] = True
         for number in range(len(found) - 1, -1, -1):
             if found[number]:
                 for source in instead.get(number, self._flow.sources[number]):

@@ -146,11 +146,11 @@ class Spectrum:
 
     @classmethod
     def of(cls, fit: GramMatrix, heldout: GramMatrix) -> Spectrum | None:
-        """That of all columns of a matrix, kept as long as it is; None where they are too many to keep it.
+        """That of all columns of a matrix, kept as long as `fit` is; None where they are too many to keep it.
 
         Args:
             fit: Sums of the rows fitted to.
-            heldout: Sums of the same columns over the held-out rows.
+            heldout: Sums of the same columns over the held-out rows that go with `fit`, always the same ones.
         """
         if sum(fit.widths) > WIDEST:
             return None

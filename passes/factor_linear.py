@@ -23,6 +23,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 from onnxcollapse.passes.importance import hidden_behind, importance
+from onnxcollapse.passes.narrow_ffn import POSITIONS
 from scipy import linalg
 
 from onnxcollapse.calibration.leastsquares import Problem, leading, relative_error, ridge_fit
@@ -57,9 +58,6 @@ LEAST = 32
 
 MOST = 32768
 """Channels of one site at most; their moments with the input take as many rows of doubles."""
-
-POSITIONS = 64
-"""Rows of each image that sums are gathered from: neighbouring positions say much the same."""
 
 EMPTY = 1e-7
 """Share of the largest singular value below which a direction is nothing but rounding."""

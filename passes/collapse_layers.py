@@ -53,8 +53,8 @@ from onnxcollapse.structure.spans import (
 
 Similarity = Callable[[Model], float]
 
-_MERGED = (
-    "; layers in an If (a decoder merged for runs with and without cache) are not entered: export it unmerged"
+_INNER = (
+    "; layers in an If are entered only where all outputs come from it, as in a decoder merged for its cache"
 )
 
 STRONG_RIDGES = (*RIDGES, 0.3, 1.0)
@@ -134,7 +134,7 @@ class CollapseLayers(Pass):
         if not found:
             inner = any(True for _ in model.graph.subgraphs())
             why = "no run of equal layers adds to a residual stream of one width"
-            yield Decline("graph", why + _MERGED if inner else why)
+            yield Decline("graph", why + _INNER if inner else why)
         for stream in found:
             yield from self._ends(model, stream)
 
@@ -217,12 +217,12 @@ class CollapseLayers(Pass):
             proposal = self._merging(stream, place, rest)
             trial = model.clone()
             self.apply(trial, [proposal])
-            edit.prune(trial)
+            edit.finish(trial)
             alike = similarity(trial)
             if alike > self.threshold:
                 detail = f"{proposal.detail}, cosine of the final state {alike:.4f}"
                 done.append(replace(proposal, detail=detail, predicted_error=1.0 - alike))
-                model.ir = trial.ir
+                model.become(trial)
                 place -= self.interval
             else:
                 place -= 1

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxcollapse.calibration.masks import cache_number, is_cache_name, numbered
+from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
 from onnxcollapse.structure.dominators import ValueGraph
 
@@ -18,7 +19,8 @@ class Caches:
 
     A cache goes with what no output but caches needs any more once the stream passes a stretch by: where it is computed
     from such a tensor, or is one. So do keys that are transposed once more before they are given out, and those of an
-    encoder's states, which lie on no path between the two ends.
+    encoder's states, which lie on no path between the two ends. Constants that stand for caches which one branch of a
+    merged decoder does not compute go with the others of their layer.
 
     Args:
         graph: The graph, which must not be edited meanwhile.
@@ -52,7 +54,13 @@ class Caches:
                 spoilt[number] = spoilt[number] or any(spoilt[source] for source in sources)
         found = [(value, lost) for value in self._inputs] + [(value, spoilt) for value in self._outputs]
         numbers = [(value, self._flow.number(value), marks) for value, marks in found]
-        return [value for value, number, marks in numbers if number is not None and marks[number]]
+        gone = [value for value, number, marks in numbers if number is not None and marks[number]]
+        layers = {cache_number(value.name or "") for value in gone}
+        return gone + [value for value in self._constant if cache_number(value.name or "") in layers]
+
+    @functools.cached_property
+    def _constant(self) -> list[ir.Value]:
+        return [value for value in self._outputs if self._flow.number(value) is None]
 
     def torn(self, start: ir.Value, end: ir.Value) -> ir.Value | None:
         """A cache that would stay of a layer of which others go; those left could not be numbered then."""
@@ -76,16 +84,24 @@ class Caches:
 
 
 def drop_caches(model: Model, leaving: Sequence[ir.Value]) -> None:
-    """Takes away cache outputs, and cache inputs whose values nothing needs any more; another lends them its shape."""
+    """Takes away cache outputs, and cache inputs whose values nothing needs any more; another lends them its shape.
+
+    Raises:
+        ModelError: There is no other one, which would say how many tokens came before.
+    """
     graph = model.graph
     graph.outputs[:] = [value for value in graph.outputs if value not in leaving]
     edit.prune(model)
     spare = [value for value in graph.inputs if _is_cache(value) and value not in leaving]
     for value in (value for value in graph.inputs if value in leaving and value.uses()):
         other = next((v for v in spare if _same_role(v, value)), None)
-        for node, index in value.uses() if other is not None else ():
+        if other is None:
+            raise ModelError(
+                f"'{value.name}' says how many tokens came before, and no other cache is left that could; keep a layer"
+            )
+        for node, index in value.uses():
             node.replace_input_with(index, other)
-    graph.inputs[:] = [value for value in graph.inputs if value not in leaving or value.uses()]
+    graph.inputs[:] = [value for value in graph.inputs if value not in leaving]
 
 
 def _is_cache(value: ir.Value) -> bool:

@@ -91,6 +91,7 @@ class Dataset:
         batch_size: int | None = None,
     ) -> None:
         self._signature = signature
+        self._wanted: frozenset[str] | None = None
         self._loaded: tuple[int, Mapping[str, np.ndarray]] = (-1, {})
         self._selected: dict[tuple[DataPart, int | None], tuple[list[_Unit], int]] = {}
         self._chunks = list(chunks)
@@ -142,6 +143,12 @@ class Dataset:
         smaller = copy.copy(self)
         smaller.batch_size = size
         return smaller
+
+    def fed_to(self, model: Model) -> Dataset:
+        """The same samples for a model that has only some of the inputs, as a branch of a merged decoder has."""
+        fewer = copy.copy(self)
+        fewer._wanted = frozenset(spec.name for spec in model.signature().inputs)
+        return fewer
 
     def count(self, part: DataPart, limit: int | None = None) -> int:
         """Samples that `batches` gives for these arguments."""
@@ -237,14 +244,16 @@ class Dataset:
         return (shapes, unit.chunk if found.shared else None)
 
     def _join(self, pieces: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        first = pieces[0]
-        if len(pieces) == 1:
-            return filling.complete(first, self._signature)
-        joined = {
-            name: array if array is pieces[1][name] else np.concatenate([piece[name] for piece in pieces])
-            for name, array in first.items()
-        }
-        return filling.complete(joined, self._signature)
+        joined = first = pieces[0]
+        if len(pieces) > 1:
+            joined = {
+                name: array if array is pieces[1][name] else np.concatenate([piece[name] for piece in pieces])
+                for name, array in first.items()
+            }
+        feeds = filling.complete(joined, self._signature)
+        if self._wanted is None:
+            return feeds
+        return {name: array for name, array in feeds.items() if name in self._wanted}
 
 
 def open_data(

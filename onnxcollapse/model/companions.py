@@ -24,10 +24,13 @@ _BY_LAYER = (
     "num_query_heads", "ffn_multipliers", "sliding_window_pattern_per_layer", "layer_head_dims",
 )  # fmt: skip
 _NUMBERS = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers", "moe_layers", "attn_layer_indices")
+_OF_DECODER = ("decoder_layers", "num_decoder_layers")
 _SCOPES = ("text_config", "decoder")
 
 
-def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
+def follow(
+    companion: Path, before: int, left: tuple[int, ...], *, decoder_of_two: bool = False
+) -> str | None:
     """The text of a config file for a model of which some layers are left.
 
     Only what says something of layers changes, and only in an object whose own count of layers is that of the
@@ -37,6 +40,7 @@ def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
         companion: The file as it lies beside the original.
         before: Layers that the original has.
         left: Which of them are left, by their numbers from 0.
+        decoder_of_two: Whether the model is the decoder beside an encoder, whose layers the config counts, too.
 
     Returns:
         The new text; None for a file that stays as it is.
@@ -50,7 +54,9 @@ def follow(companion: Path, before: int, left: tuple[int, ...]) -> str | None:
     except ValueError as error:
         logger.warning("%s is no JSON (%s): it is copied as it is and does not follow", companion, error)
         return None
-    if _is_double(root):
+    if _is_double(root) and changes is _config and decoder_of_two:
+        changes = _decoder_config
+    elif _is_double(root):
         logger.warning(
             "%s is of an encoder and a decoder and does not say which of its counts is this model's: it is copied as "
             "it is; set that count from %d layers to %d by hand",
@@ -78,6 +84,15 @@ def _config(text: str, scope: Part, before: int, left: tuple[int, ...]) -> Itera
             yield from _config(text, members[name], before, left)
     if any(members[name].value == before for name in _COUNTS if name in members):
         yield from _counted(text, members, before, left)
+
+
+def _decoder_config(text: str, scope: Part, before: int, left: tuple[int, ...]) -> Iterator[Edit]:
+    """Edits of a config of two models, in what it says of the decoder by name."""
+    for key, part in scope.members.items():
+        if key in _OF_DECODER and part.value == before:
+            yield Edit(part, str(len(left)))
+        elif key == "decoder":
+            yield from _config(text, part, before, left)
 
 
 def _counted(text: str, members: dict[str, Part], before: int, left: tuple[int, ...]) -> Iterator[Edit]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "add_initializer",
     "check",
+    "finish",
+    "free_name",
     "insert_before",
     "like",
     "prune",
@@ -41,7 +43,7 @@ def unique_name(graph: ir.Graph, hint: str) -> str:
     Give the main graph for a name that is free in the whole model. Of a subgraph's surroundings only the
     tensors it captures are seen. Functions have a scope of their own.
     """
-    return _free(hint, names_in(graph))
+    return free_name(hint, names_in(graph))
 
 
 def names_in(graph: ir.Graph) -> set[str | None]:
@@ -57,7 +59,8 @@ def names_in(graph: ir.Graph) -> set[str | None]:
     return names
 
 
-def _free(hint: str, taken: set[str | None]) -> str:
+def free_name(hint: str, taken: set[str | None]) -> str:
+    """`hint`, or the first of `hint_1`, `hint_2`, ... that is not taken, and takes it."""
     name, number = hint, 0
     while name in taken:
         number += 1
@@ -96,10 +99,10 @@ def insert_before(graph: ir.Graph, anchor: ir.Node, nodes: ir.Node | Iterable[ir
         raise ModelError(f"node {anchor.name!r} is not in graph {graph.name!r}; insert into its own graph")
     taken = names_in(graph)
     for node in nodes:
-        node.name = _free(node.name or node.op_type, taken)
+        node.name = free_name(node.name or node.op_type, taken)
         for index, value in enumerate(node.outputs):
             if value.name != "":  # the name of an optional output that is left out
-                value.name = _free(value.name or f"{node.name}_out{index or ''}", taken)
+                value.name = free_name(value.name or f"{node.name}_out{index or ''}", taken)
     graph.insert_before(anchor, nodes)
 
 
@@ -139,6 +142,17 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         new.shape = old.shape.copy()
     if old.is_graph_output():
         _replace_output(graph, old, new)
+
+
+def finish(model: Model) -> None:
+    """Ends a rewrite: nothing dead is left in the model and in what follows it, and both are valid graphs.
+
+    Raises:
+        ModelError: One of them is not.
+    """
+    for graph in (model, *model.followers):
+        prune(graph)
+        check(graph)
 
 
 def like(value: ir.Value) -> ir.Value:
@@ -185,13 +199,13 @@ def _replace_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         raise ModelError(f"output {old.name!r} belongs to no graph")
     taken = names_in(graph)
     if new.graph is not home or new.is_graph_input() or new.is_initializer() or new.is_graph_output():
-        node = ir.Node("", "Identity", [new], name=_free("Identity", taken))
+        node = ir.Node("", "Identity", [new], name=free_name("Identity", taken))
         [output] = node.outputs
-        output.name = _free(f"{old.name}_new", taken)
+        output.name = free_name(f"{old.name}_new", taken)
         home.append(node)
     else:
         output = new
-    name, old_name = _free(f"{old.name}_old", taken), old.name
+    name, old_name = free_name(f"{old.name}_old", taken), old.name
     positions = [i for i, value in enumerate(home.outputs) if value is old]
     for position in positions:
         home.outputs[position] = output

@@ -19,6 +19,9 @@ _WEIGHT_ENDINGS = (
     ".gguf", ".npz", ".npy", ".pb", ".ort", ".tflite", ".engine", ".plan",
 )  # fmt: skip
 
+MERGED, ENCODER = "decoder_model_merged.onnx", "encoder_model.onnx"
+"""What optimum calls the two parts of an encoder-decoder; the encoder's external data begins with its name."""
+
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",
@@ -34,39 +37,44 @@ _REMEDIES = {
 def find_model(source: Path) -> Path:
     """The .onnx file that `source` means: itself, or the one in the folder.
 
+    Of several that is model.onnx, or the merged decoder that optimum exports beside an encoder.
+
     Raises:
-        ModelError: There is no such file, or the folder holds none or several and none is called model.onnx.
+        ModelError: There is no such file, or the folder holds none or several and none has such a name.
     """
     if source.is_file():
         return source
     if not source.is_dir():
         raise ModelError(f"{source} does not exist; give an .onnx file or a folder that holds one")
     found = sorted(path for path in source.glob("*.onnx") if path.is_file())
-    preferred = source / "model.onnx"
-    if preferred in found:
-        return preferred
+    for preferred in (source / "model.onnx", source / MERGED):
+        if preferred in found:
+            return preferred
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "no .onnx file"
         raise ModelError(f"folder {source} holds {names}, and none is called model.onnx; name one file")
     return found[0]
 
 
-def find_companions(folder: Path, weights: set[Path]) -> tuple[Path, ...]:
-    """The files beside a model that go where it goes: configs, tokenizers, labels.
+def find_companions(model: Path, weights: set[Path]) -> tuple[Path, ...]:
+    """The files beside a model that go where it goes: configs, tokenizers, labels; of a merged decoder its encoder.
 
     Args:
-        folder: The model's folder.
-        weights: Files that the model itself refers to.
+        model: The model's file.
+        weights: Files that it refers to.
     """
     return tuple(
         path
-        for path in sorted(folder.iterdir())
+        for path in sorted(model.parent.iterdir())
         if path.is_file()
         and not path.name.startswith(".")
-        and not path.name.lower().endswith(_WEIGHT_ENDINGS)
-        and ".onnx_data" not in path.name
         and path not in weights
+        and (not _is_weight(path) or (model.name == MERGED and path.name.startswith(ENCODER)))
     )
+
+
+def _is_weight(path: Path) -> bool:
+    return path.name.lower().endswith(_WEIGHT_ENDINGS) or ".onnx_data" in path.name
 
 
 def one_line(error: OSError) -> str:

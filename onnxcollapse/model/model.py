@@ -47,7 +47,7 @@ class Model:
     """An ONNX model.
 
     Attributes:
-        ir: The graph. It is swapped as a whole on roll-back, so values are never kept across transactions.
+        ir: The graph. It is swapped as a whole, on roll-back too, so values are never kept across transactions.
         path: The .onnx file that it came from.
         external: Whether its weights lay in external data.
         companions: Files that go where it goes (config.json, tokenizer files, ...); only for models from a
@@ -55,6 +55,7 @@ class Model:
         folder: Whether it was loaded as a folder, and so is saved as one.
         layers_before: Layers that the model it was made from has; 0 when none is gone.
         layers_left: Which of them are left, in order: config files say so when it is saved.
+        followers: Graphs of the same layers, with tensors of the same names: every rewrite is applied to them as well.
     """
 
     ir: onnx_ir.Model
@@ -64,6 +65,7 @@ class Model:
     folder: bool = False
     layers_before: int = 0
     layers_left: tuple[int, ...] = ()
+    followers: tuple[Model, ...] = ()
 
     @property
     def graph(self) -> onnx_ir.Graph:
@@ -80,7 +82,7 @@ class Model:
         source = Path(source)
         path = files.find_model(source)
         loaded = loading.load(path)
-        beside = files.find_companions(source.absolute(), loaded.weight_files) if source.is_dir() else ()
+        beside = files.find_companions(path.absolute(), loaded.weight_files) if source.is_dir() else ()
         return cls(loaded.model, path, loaded.external, beside, source.is_dir())
 
     def save(self, target: str | Path, *, external: bool | None = None) -> None:
@@ -110,16 +112,23 @@ class Model:
 
     def _followed(self, companion: Path) -> str | None:
         """New text of a config file when layers are gone, else None."""
-        return (
-            companions.follow(companion, self.layers_before, self.layers_left) if self.layers_before else None
+        if not self.layers_before:
+            return None
+        looks_at_encoder = any("encoder" in (value.name or "") for value in self.graph.inputs)
+        return companions.follow(
+            companion, self.layers_before, self.layers_left, decoder_of_two=looks_at_encoder
         )
 
     def _means_folder(self, target: Path) -> bool:
         return target.is_dir() or (self.folder and target.suffix != ".onnx")
 
     def clone(self) -> Model:
-        """A copy of the graph that shares the weights."""
-        return replace(self, ir=clone(self.ir))
+        """A copy of the graph, and of those that follow it, that shares the weights."""
+        return replace(self, ir=clone(self.ir), followers=tuple(other.clone() for other in self.followers))
+
+    def become(self, other: Model) -> None:
+        """Take over another's graph, and those that follow it."""
+        self.ir, self.followers = other.ir, other.followers
 
     def to_bytes(self) -> bytes:
         """The whole model with its weights inside; raises ModelError above 2 GB."""

@@ -59,7 +59,8 @@ class ExactStage:
         changed = self._settle(verify=False)
         if changed and self._moved() is not None:
             logger.info("exact rewrites moved the outputs; repeating them one by one")
-            self._model.ir, self._extent = snapshot.ir, start
+            self._model.become(snapshot)
+            self._extent = start
             del self._journal.entries[noted:]
             changed = self._settle(verify=True)
         return changed

@@ -79,8 +79,7 @@ def apply(model: Model, maker: Pass, proposal: Proposal, *, outline: bool = Fals
         with blamed(maker):
             proposal = maker.outline(site_of(maker, model, proposal.site), proposal)
     maker.apply(model, [proposal])
-    edit.prune(model)
-    edit.check(model)
+    edit.finish(model)
 
 
 class Fitter:

@@ -133,7 +133,8 @@ class LossyStage:
                 apply(trial, maker, proposal)
             error = self._verifier.error(trial)
             if error <= self._budget.cap:
-                self._model.ir, self.error = trial.ir, error
+                self._model.become(trial)
+                self.error = error
                 self.changed = self._fitter.changed = True
                 self.gone = self.gone.union(*(proposal.gone for proposal in planned[:count]))
                 break
@@ -305,7 +306,7 @@ class LossyStage:
         """Makes a trial the model and notes what is new in it, and how what was kept before is fitted now."""
         new = [item for item in trial.chosen if item.key not in self._done]
         self._taken.extend(new)
-        self._model.ir = trial.model.ir
+        self._model.become(trial.model)
         self.changed = self._fitter.changed = True
         self.error = trial.error
         self.gone = self._gone_before.union(*(proposal.gone for proposal in trial.done.values()))

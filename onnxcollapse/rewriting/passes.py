@@ -25,6 +25,8 @@ from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
 
 logger = logging.getLogger(__name__)
 
+NOT_THERE = "the branch with a cache has no such site, and both have to stay alike"
+
 
 @dataclasses.dataclass(frozen=True)
 class Pass(abc.ABC):
@@ -126,11 +128,30 @@ class Pass(abc.ABC):
         """Finds the proposals' sites in `model`, which share no nodes, and rewrites them.
 
         They are rewritten back to front: what a site holds of the graph before it, its input above all, is then
-        still there, and what reads its output is told when the output is replaced.
+        still there, and what reads its output is told when the output is replaced. What follows the model is rewritten
+        in the same way; an exact pass says anew what keeps the function there.
 
         Raises:
             ModelError: A site is not there any more, because another rewrite consumed it, or the pass fails.
         """
+        along = [
+            (other, [p for p in proposals if _concerns(other, site_of(self, model, p.site))])
+            for other in model.followers
+        ]
+        self._apply(model, proposals)
+        for other, found in along:
+            self._apply(other, [self._again(other, p) for p in found] if self.exact else found)
+
+    def _again(self, model: Model, proposal: Proposal) -> Proposal:
+        """What an exact pass proposes for the same site of another model."""
+        for offer in offers_of(self, site_of(self, model, proposal.site), None):
+            if isinstance(offer, Proposal) and offer.variant == proposal.variant:
+                return offer
+        raise ModelError(
+            f"{self.name}: site '{proposal.site}' stays in the branch with a cache, so it stays here"
+        )
+
+    def _apply(self, model: Model, proposals: Sequence[Proposal]) -> None:
         found = {proposal.site: site_of(self, model, proposal.site) for proposal in proposals}
         order = {node: index for index, node in enumerate(model.graph)}
 
@@ -174,9 +195,32 @@ def blamed(item: Pass, model: Model | None = None) -> Iterator[None]:
 
 
 def sites_of(item: Pass, model: Model) -> list[Site | Decline]:
-    """Returns all sites of a pass; raises ModelError in the pass's name when it fails."""
+    """Returns all sites of a pass; raises ModelError in the pass's name when it fails.
+
+    Those are declined that what follows the model does not have, though it reads their weights.
+    """
     with blamed(item, model):
-        return list(item.sites(model))
+        found = list(item.sites(model))
+        for other in model.followers:
+            names = {site.name for site in item.sites(other) if not isinstance(site, Decline)}
+            found = [
+                site
+                if isinstance(site, Decline) or site.name in names or not _concerns(other, site)
+                else Decline(site.name, NOT_THERE)
+                for site in found
+            ]
+    return found
+
+
+def _concerns(follower: Model, site: Site) -> bool:
+    """Whether what follows a model has to be rewritten as the model is at a site.
+
+    It has not where the site's weights are the model's own, as those are that project an encoder's states, whose keys
+    and values the branch with a cache is given.
+    """
+    read = {value for node in site.nodes for value in node.inputs if value is not None}
+    weights = {value.name for value in read if value.is_initializer()}
+    return not weights or not weights.isdisjoint(follower.graph.initializers)
 
 
 def site_of(item: Pass, model: Model, name: str) -> Any:

@@ -15,13 +15,14 @@ import onnx_ir as ir
 
 from onnxcollapse.calibration import Dataset, Plan, plan
 from onnxcollapse.calibration.providers import chain, options_of
-from onnxcollapse.errors import BudgetNotMetError
+from onnxcollapse.errors import BudgetNotMetError, ModelError
 from onnxcollapse.model import Model, Size, flops, provenance, size, walk
 from onnxcollapse.rewriting.budget import Budget, Target
 from onnxcollapse.rewriting.exact import ExactStage
 from onnxcollapse.rewriting.extents import LATENCY, Extents
 from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.lossy import LossyStage
+from onnxcollapse.rewriting.merged import Merged
 from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
@@ -30,6 +31,7 @@ from onnxcollapse.rewriting.settling import settle
 from onnxcollapse.rewriting.storage import shared_weights
 from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
+from onnxcollapse.verification.caching import cache_gap
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +216,8 @@ def optimize(
     """
     began = time.perf_counter()
     budget = budget or Budget()
+    merged = _taken_apart(model, data, provider)
+    given, model = model, model if merged is None else merged.lead
     measure = budget.target.measure if budget.target else None
     chosen = list(defaults(measure=measure) if passes is None else passes)
     exact = [item for item in chosen if item.exact]
@@ -221,10 +225,12 @@ def optimize(
     journal = _journal_for(model, data, budget, chosen, seed)
     work, notes = model.clone(), list[str]()
     gone: frozenset[str] = frozenset()
+    whole_data = data
     if data is not None:
         data.count("heldout")  # too little data to be split fails here and not after the work
+        data = data if merged is None else data.fed_to(model)
     opening = opening or Opening()
-    opening.claim(model, data, budget.error, budget.metric, measure, chosen, provider, memory)
+    opening.claim(given, whole_data, budget.error, budget.metric, measure, chosen, provider, memory)
     running = _plan(opening, model, memory, data)
     cuts = () if running is None else running.cuts
     if data is not None and running is not None:
@@ -233,7 +239,7 @@ def optimize(
     measuring = () if running is None else running.measuring
     verifier = _verifier(opening, model, data, budget.metric, provider, measuring)
     stage = ExactStage(work, exact, journal, _exactness(model, verifier, verifier), _tolerance(model))
-    work.ir = opening.noted("exact", journal, lambda: _settled(work, stage)).clone().ir
+    work.become(opening.noted("exact", journal, lambda: _settled(work, stage)).clone())
     if data is not None and verifier is not None and lossy:
         lossy_stage = LossyStage(
             work,
@@ -264,16 +270,17 @@ def optimize(
         )
     error = verifier.error(work) if verifier is not None else None
     shapes = data.shapes() if data is not None else None
-    settled = settle(model, work, gone) if lossy else None
+    done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
+    made = work if merged is None else _joined(merged, work, bool(done), whole_data, provider)
+    settled = settle(given, made, gone) if lossy else None
     if settled is not None:
         notes.append(settled)
-    done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
     if data is not None and any(item.storage and item.describe() in done for item in lossy):
-        notes.append(shared_weights(model, work, None if cuts else data, provider))
+        notes.append(shared_weights(given, made, None if cuts else data, provider))
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
     if done:
-        provenance.record(work, "passes", " ".join(done))
+        provenance.record(made, "passes", " ".join(done))
     latency = extents.latency(work)
     obtained = verifier.provider.obtained if verifier is not None else chain(provider)[0] if latency else ""
     journal.facts["provider"] = {
@@ -282,13 +289,13 @@ def optimize(
         "options": options_of(provider, obtained) if obtained else {},
     }
     result = Result(
-        work,
+        made,
         journal,
         budget,
         error,
         error is None or error <= max(budget.cap, _tolerance(model)),
-        size(model),
-        size(work),
+        size(given),
+        size(made),
         flops(model, shapes=shapes),
         extent(work, shapes).flops,
         provider=obtained,
@@ -298,6 +305,34 @@ def optimize(
     result.met = result.met and _reaches(result, budget.target)
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _taken_apart(model: Model, data: Dataset | None, provider: str) -> Merged | None:
+    """A merged decoder's branches, where both compute the same as far as the data shows it."""
+    merged = Merged.of(model)
+    gap = None if merged is None or data is None else cache_gap(model, data, provider)
+    if gap is not None and gap > _tolerance(model):
+        logger.warning("its branches differ by %.3g where they use the cache: they are left as they are", gap)
+        return None
+    return merged
+
+
+def _joined(merged: Merged, work: Model, changed: bool, data: Dataset | None, provider: str) -> Model:
+    """Puts a merged decoder together again; as it was where nothing was done.
+
+    Raises:
+        ModelError: Its branches do not compute the same any more.
+    """
+    if not changed:
+        return merged.whole.clone()
+    made = merged.join(work)
+    gap = None if data is None else cache_gap(made, data, provider)
+    if gap is not None and gap > _tolerance(made):
+        raise ModelError(
+            f"through its cache the rewritten decoder is {gap:.3g} from what it computes in one pass; give the passes "
+            "one by one with --pass, to leave out the one that does it"
+        )
+    return made
 
 
 def _reaches(result: Result, target: Target | None) -> bool:

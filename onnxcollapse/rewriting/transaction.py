@@ -19,7 +19,7 @@ class Transaction:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._snapshot = model.clone().ir
+        self._snapshot = model.clone()
         self._committed = False
 
     def __enter__(self) -> Transaction:
@@ -31,8 +31,7 @@ class Transaction:
         Raises:
             ModelError: The graph is no valid graph any more; it is rolled back.
         """
-        edit.prune(self._model)
-        edit.check(self._model)
+        edit.finish(self._model)
         self._committed = True
 
     def undo(self) -> None:
@@ -46,7 +45,7 @@ class Transaction:
         trace: types.TracebackType | None,
     ) -> None:
         if not self._committed:
-            self._model.ir = self._snapshot
+            self._model.become(self._snapshot)
 
 
 def extent(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Saving:

@@ -101,6 +101,9 @@ class Crossed(Net):
         if states is None:
             keys = self.op("Transpose", self._cache(layer, kind, "key"), perm=[0, 1, 3, 2])
             values = self._cache(layer, kind, "value")
+            self.random.normal(
+                size=(2, WIDTH, WIDTH)
+            )  # of what they were made with, so that weights are the same
         else:
             split, values = self._split(states), self.op("Transpose", self._split(states), perm=[0, 2, 1, 3])
             if self.caching == "taken":

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders merged for runs without and with a cache: both branches are rewritten alike and put together again."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnxcollapse.passes import factor_linear
+from onnxcollapse.passes.cleanup import Cleanup
+from onnxcollapse.passes.collapse_ffn import CollapseFfn
+from onnxcollapse.passes.collapse_layers import CollapseLayers
+from onnxcollapse.passes.factor_linear import FactorLinear
+from onnxcollapse.passes.merge_ffn import MergeFfn
+from onnxcollapse.passes.narrow_ffn import NarrowFfn
+
+from onnxcollapse import Budget, Model, Target, compare, open_data, optimize
+from onnxcollapse.calibration import open_session
+from onnxcollapse.calibration.filling import complete
+from onnxcollapse.calibration.masks import is_cache_name
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import edit
+from onnxcollapse.rewriting import Decline
+from onnxcollapse.rewriting.frontier import frontier
+from onnxcollapse.rewriting.merged import Merged
+from onnxcollapse.rewriting.passes import sites_of
+from onnxcollapse.verification.caching import cache_gap
+from tests.passes.crossed import crossed, samples
+from tests.passes.layering import stream
+from tests.passes.merging import merged
+from tests.support import relative
+
+CACHES = [
+    f"{layer}.{kind}.{what}"
+    for layer in range(4)
+    for kind in ("decoder", "encoder")
+    for what in ("key", "value")
+]
+
+
+@functools.cache
+def proto(post=False) -> bytes:
+    return merged(crossed(caching="given", post=post), crossed(caching="taken", post=post)).to_bytes()
+
+
+def decoder(post=False) -> Model:
+    return Model(ir.from_proto(onnx.load_from_string(proto(post))))
+
+
+def data(model, seed=0, count=48):
+    return open_data(samples(crossed(caching="given"), count, seed=seed), model)
+
+
+def names(values):
+    return [value.name for value in values]
+
+
+def logits(model, seed=5, **inputs):
+    feeds = samples(crossed(caching="given"), 6, seed=seed) | inputs
+    with open_session(model, provider="cpu") as session:
+        return session.run(complete(feeds, model.signature()))["logits"]
+
+
+def test_each_branch_becomes_a_model():
+    model = decoder()
+    apart = Merged.of(model)
+    (cached,) = apart.lead.followers
+    assert apart.branches == ("else_branch", "then_branch")
+    assert names(apart.lead.graph.inputs) == ["input_ids", "encoder_attention_mask", "encoder_hidden_states"]
+    assert names(cached.graph.inputs)[2:] == [f"past_key_values.{name}" for name in CACHES]
+    for part in (apart.lead, cached):
+        assert sorted(names(part.graph.outputs)) == sorted(
+            ["logits", *(f"present.{name}" for name in CACHES)]
+        )
+        assert not any(node.op_type == "If" for node in part.graph)
+    np.testing.assert_array_equal(logits(apart.lead), logits(model))
+    assert "h2" in {value.name for node in cached.graph for value in node.outputs}
+
+
+def test_together_again_it_is_the_same_model(tmp_path):
+    model = decoder()
+    apart = Merged.of(model)
+    again = apart.join(apart.lead)
+    assert again.signature() == model.signature()
+    np.testing.assert_array_equal(logits(again), logits(model))
+    assert cache_gap(again, data(model), "cpu") == cache_gap(model, data(model), "cpu") < 1e-6
+    again.save(tmp_path / "again.onnx")
+    model.save(tmp_path / "model.onnx")
+    onnx.checker.check_model(tmp_path / "again.onnx", full_check=True)
+    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("again", "model")]
+    assert _params(again) == _params(model) and sizes[0] < 1.1 * sizes[1]
+
+
+def test_models_that_are_no_merged_decoders():
+    assert Merged.of(stream(2)) is None
+    twice = merged(crossed(caching="given"), crossed(caching="given"))
+    assert Merged.of(twice) is None  # no branch takes caches
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_layers_leave_both_branches(post):
+    model = decoder(post)
+    item = CollapseLayers(longest=2)
+    result = optimize(model, data(model), budget=Budget(0.2), passes=[item], provider="cpu")
+    assert result.met and 0 < result.error <= 0.2
+    assert (result.model.layers_before, len(result.model.layers_left)) == (4, 2)
+    left = [name for name in CACHES if name[0] in "01"]
+    assert names(result.model.graph.outputs) == ["logits", *(f"present.{name}" for name in left)]
+    cached = [name for name in names(result.model.graph.inputs) if is_cache_name(name)]
+    assert cached == [f"past_key_values.{name}" for name in left]
+    assert names(result.model.graph.inputs)[-1] == "use_cache_branch"
+    assert cache_gap(result.model, data(result.model, 3), "cpu") < 1e-5
+    assert relative(logits(result.model), logits(model)) < 0.25
+    (kept,) = result.journal.of("kept")
+    assert kept.saving.params == result.before.params - result.after.params
+    assert (result.before.params, result.after.params) == (_params(model), _params(result.model))
+
+
+def _params(model):
+    """Numbers in the file: what both branches read is there once."""
+    proto = onnx.load_from_string(model.to_bytes())
+    graphs = [proto.graph, *(a.g for node in proto.graph.node for a in node.attribute if a.HasField("g"))]
+    tensors = [
+        tensor
+        for graph in graphs
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    ]
+    return sum(int(np.prod(tensor.dims)) for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    "item, measure",
+    [
+        (NarrowFfn(), "params"),
+        (CollapseFfn(), "params"),
+        (MergeFfn(), "params"),
+        (CollapseLayers(merge="drop", search="greedy"), "flops"),
+        (CollapseLayers(merge="rdsc", search="laco", merged=2, threshold=-1.0), "params"),
+    ],
+)
+def test_every_kind_of_rewrite_is_applied_to_both(item, measure):
+    model = decoder()
+    budget = Budget(None, target=Target(measure, 0.9))
+    result = optimize(model, data(model), budget=budget, passes=[Cleanup(), item], provider="cpu")
+    assert result.journal.of("kept") and result.met
+    assert cache_gap(result.model, data(result.model, 3), "cpu") < 1e-5
+    assert result.after.params < result.before.params
+    again = Merged.of(result.model)
+    assert again is not None  # another run finds the branches
+
+
+def test_compare_runs_the_branch_without_a_cache():
+    model = decoder()
+    result = optimize(
+        model, data(model), budget=Budget(0.2), passes=[CollapseLayers(longest=2)], provider="cpu"
+    )
+    found = compare(model, result.model, data(model), provider="cpu")
+    assert found is not None
+
+
+def test_exact_rewrites_need_no_data():
+    """An Identity in both branches leaves both."""
+    parts = [crossed(caching=caching) for caching in ("given", "taken")]
+    for part in parts:
+        value = next(v for node in part.graph for v in node.outputs if v.name == "h2")
+        copy = edit.like(value)
+        node = ir.Node("", "Identity", [value], outputs=[copy], name="idle")
+        edit.insert_before(part.graph, value.uses()[0].node, node)
+        edit.replace_value(part.graph, value, copy)
+    model = merged(*parts)
+    result = optimize(model, passes=[Cleanup()])
+    assert result.journal.of("kept")
+    idle = [
+        n
+        for branch in Merged.of(result.model).lead.followers
+        for n in branch.graph
+        if n.op_type == "Identity"
+    ]
+    assert not [node for node in idle if node.name == "idle"]
+    np.testing.assert_array_equal(logits(result.model), logits(model))
+    assert cache_gap(result.model, data(model), "cpu") < 1e-6
+
+
+def test_what_nothing_was_done_to_is_the_same_byte_for_byte():
+    model = decoder()
+    result = optimize(model, data(model), budget=Budget(1e-9), passes=[CollapseLayers()], provider="cpu")
+    assert not result.journal.of("kept")
+    assert result.model.to_bytes() == model.to_bytes()
+
+
+def test_two_runs_give_the_same_bytes():
+    made = [
+        optimize(
+            decoder(), data(decoder()), budget=Budget(0.2), passes=[CollapseLayers(longest=2)], provider="cpu"
+        ).model.to_bytes()
+        for _ in range(2)
+    ]
+    assert made[0] == made[1]
+
+
+def test_a_frontier_takes_it_apart_once_for_each_share():
+    model = decoder()
+    targets = [Target("params", share) for share in (0.9, 0.6)]
+    found = list(frontier(model, data(model), targets, passes=[CollapseLayers(longest=2)], provider="cpu"))
+    assert [round(r.after.params / r.before.params, 1) for r in found][1] < 0.7
+    for result in found:
+        assert cache_gap(result.model, data(result.model), "cpu") < 1e-5
+
+
+def test_all_layers_may_leave():
+    model = merged(crossed(2, caching="given", weak=(0, 1)), crossed(2, caching="taken", weak=(0, 1)))
+    result = optimize(
+        model,
+        data(model),
+        budget=Budget(0.9),
+        passes=[CollapseLayers(merge="drop", longest=2)],
+        provider="cpu",
+    )
+    assert names(result.model.graph.outputs) == ["logits"]
+    assert cache_gap(result.model, data(model), "cpu") < 1e-5
+
+
+def test_branches_of_different_weights_are_left_as_they_are(caplog):
+    parts = [crossed(caching=caching) for caching in ("given", "taken")]
+    weight = next(v for v in parts[1].graph.initializers.values() if v.const_value.shape.numpy() == (16, 32))
+    weight.const_value = ir.tensor(weight.const_value.numpy() * 1.5, name=weight.name)
+    model = merged(*parts)
+    result = optimize(model, data(model), budget=Budget(0.5), passes=[CollapseLayers()], provider="cpu")
+    assert [entry.outcome for entry in result.journal] == ["declined"]
+    assert result.model.to_bytes() == model.to_bytes()
+    assert "its branches differ by" in caplog.text
+
+
+def test_what_only_the_leader_computes_is_rewritten_there_alone(monkeypatch):
+    """Keys and values of the encoder's states are projected where there is no cache yet."""
+    monkeypatch.setattr(factor_linear, "LEAST", 8)
+    model = decoder()
+    lead, item = Merged.of(model).lead, FactorLinear(align=1)
+    here, there = (
+        {site.name for site in item.sites(part) if not isinstance(site, Decline)}
+        for part in (lead, *lead.followers)
+    )
+    own = here - there
+    assert len(own) == 1  # they read one tensor
+    found = sites_of(item, lead)
+    assert not own & {site.name for site in found if isinstance(site, Decline)}
+    result = optimize(
+        model, data(model), budget=Budget(None, target=Target("params", 0.5)), passes=[item], provider="cpu"
+    )
+    assert own & {entry.site for entry in result.journal.of("kept")}
+    assert cache_gap(result.model, data(result.model), "cpu") < 1e-5
+
+
+def test_a_site_that_the_follower_lacks_is_declined():
+    model = decoder()
+    lead = Merged.of(model).lead
+    (cached,) = lead.followers
+    sites = [site.name for site in NarrowFfn().sites(lead)]
+    value = next(v for node in cached.graph for v in node.outputs if v.name == sites[0])
+    value.name = "called_otherwise"
+    reasons = {site.site: site.reason for site in sites_of(NarrowFfn(), lead) if isinstance(site, Decline)}
+    assert reasons == {sites[0]: "the branch with a cache has no such site, and both have to stay alike"}
+
+
+def test_a_rewrite_of_one_branch_only_is_found_out(monkeypatch):
+    model, real = decoder(), CollapseLayers.rewrite
+
+    def unequal(self, graph, site, proposal):
+        if any("past" in name for name in names(graph.graph.inputs)):
+            proposal = replace(proposal, payload=replace(proposal.payload, merge="drop"))
+        real(self, graph, site, proposal)
+
+    monkeypatch.setattr(CollapseLayers, "rewrite", unequal)
+    with pytest.raises(ModelError, match="through its cache the rewritten decoder is"):
+        optimize(model, data(model), budget=Budget(0.2), passes=[CollapseLayers(longest=2)], provider="cpu")
+
+
+def test_a_folder_takes_the_encoder_along(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    decoder().save(source / "decoder_model_merged.onnx")
+    for name in (
+        "encoder_model.onnx",
+        "encoder_model.onnx_data",
+        "decoder_model.onnx",
+        "decoder_with_past_model.onnx",
+    ):
+        (source / name).write_bytes(b"bytes of " + name.encode())
+    config = {"is_encoder_decoder": True, "num_layers": 4, "num_decoder_layers": 4}
+    (source / "config.json").write_text(json.dumps(config))
+    model = Model.load(source)
+    item = CollapseLayers(longest=2)
+    result = optimize(model, data(model), budget=Budget(0.2), passes=[item], provider="cpu")
+    result.model.save(tmp_path / "out")
+    out = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert out == [
+        "config.json",
+        "decoder_model_merged.onnx",
+        "encoder_model.onnx",
+        "encoder_model.onnx_data",
+    ]
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"num_decoder_layers": 2}
+    assert (tmp_path / "out" / "encoder_model.onnx").read_bytes() == b"bytes of encoder_model.onnx"

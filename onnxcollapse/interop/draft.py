@@ -18,8 +18,10 @@ class Draft:
         model: The .onnx file.
         runs: Makes the runs that it is checked by; the source computes when they are asked for.
         task: What the model was exported for, for a Hugging Face source.
+        beside: What was exported with it: the encoder of a decoder.
     """
 
     model: Path
     runs: Callable[[], Iterable[Run]]
     task: str | None = None
+    beside: tuple[Draft, ...] = ()

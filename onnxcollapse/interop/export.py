@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,8 @@ def _export_folder(source: str, target: Path, options: ExportOptions) -> Exporte
         model = Model.load(draft.model)
         found = _agreement(source, draft, model, options)
         summary = _summary(source, target, draft, model, found, began)
+        for other in draft.beside:
+            summary = _with(summary, source, other, options)
         files.commit(sorted(folder.iterdir()), target)
         return summary
 
@@ -211,6 +213,18 @@ def _summary(
         bytes=counted.bytes,
         params=counted.params,
         outputs=found.outputs,
+    )
+
+
+def _with(summary: Exported, source: str, draft: Draft, options: ExportOptions) -> Exported:
+    """Checks what was exported beside the model and counts it in."""
+    model = Model.load(draft.model)
+    found, counted = _agreement(source, draft, model, options), size(model)
+    return replace(
+        summary,
+        bytes=summary.bytes + counted.bytes,
+        params=summary.params + counted.params,
+        outputs={**found.outputs, **summary.outputs},
     )
 
 

@@ -4,21 +4,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from onnxcollapse.calibration.masks import is_cache_name
 from onnxcollapse.errors import ModelError, OptionError
 from onnxcollapse.interop.agreement import Run
 from onnxcollapse.interop.draft import Draft
 from onnxcollapse.interop.foreign import first_line, silenced
-from onnxcollapse.model import Model
+from onnxcollapse.model import Model, files
 
 if TYPE_CHECKING:
     import torch
+
+Computing = Callable[["torch.nn.Module", str, set[str]], Iterator[Run]]
+"""Makes runs of a module, given its task and the names of the export's inputs."""
 
 AUTO, WITH_PAST, GENERATION = "auto", "-with-past", "text-generation"
 ROWS, TOKENS, PADDING = 3, 11, 3  # of what the model is checked on; optimum traces 2 rows of 16 tokens
@@ -61,8 +66,12 @@ def draft(
         raise ModelError(
             f"{source}: optimum cannot export it for {task} in {dtype}: {first_line(error)}; -v shows more"
         ) from error
-    path = _only_file(source, folder)
-    return Draft(path, partial(_runs, source, path, task, seed), task)
+    path = _main_file(source, folder)
+    runs = partial(_runs, source, path, task, seed)
+    if path.name != files.MERGED:
+        return Draft(path, partial(runs, _decoded if _is_decoder(task) else _computed), task)
+    encoder = Draft(path.with_name(files.ENCODER), partial(runs, _encoded), task)
+    return Draft(path, partial(runs, _translated), task, (encoder,))
 
 
 def _config(source: str) -> Any:
@@ -115,18 +124,23 @@ def _inferred(source: str, config: Any) -> str:
     raise OptionError(f"{source}: config.json does not say which task the model is for; give --task")
 
 
-def _only_file(source: str, folder: Path) -> Path:
-    found = sorted(folder.rglob("*.onnx"))
+def _main_file(source: str, folder: Path) -> Path:
+    """The only file, or the merged decoder beside an encoder; what it was merged of is taken away."""
+    found = {path.name: path for path in sorted(folder.rglob("*.onnx"))}
+    if files.MERGED in found and files.ENCODER in found:
+        for name in set(found) - {files.MERGED, files.ENCODER}:
+            for path in found[name].parent.glob(f"{name}*"):
+                path.unlink()
+        return found[files.MERGED]
     if len(found) != 1:
-        names = ", ".join(path.name for path in found)
         raise ModelError(
-            f"{source}: optimum exports it as {names}, and only single files can be checked and optimized; choose "
-            "another --task"
+            f"{source}: optimum exports it as {', '.join(found)}; only single files, and a decoder with a cache beside "
+            "its encoder, can be checked and optimized; choose another --task or leave out --no-cache"
         )
-    return found[0]
+    return next(iter(found.values()))
 
 
-def _runs(source: str, path: Path, task: str, seed: int) -> Iterator[Run]:
+def _runs(source: str, path: Path, task: str, seed: int, make: Computing) -> Iterator[Run]:
     """What the source, loaded anew in fp32, computes for random inputs of a shape that was not traced."""
     import torch
     from optimum.exporters.tasks import TasksManager
@@ -142,7 +156,7 @@ def _runs(source: str, path: Path, task: str, seed: int) -> Iterator[Run]:
                 library_name="transformers",
                 device="cpu",
             ).eval()
-            runs = list(_decoded(module, names) if _is_decoder(task) else _computed(module, task))
+            runs = list(make(module, task, names))
     except Exception as error:  # the source's code: anything may come
         raise ModelError(
             f"{source}: it was exported, but cannot run in torch to be compared: {first_line(error)}; -v shows more"
@@ -154,7 +168,7 @@ def _is_decoder(task: str) -> bool:
     return task.endswith(WITH_PAST) or task == GENERATION
 
 
-def _decoded(module: torch.nn.Module, names: set[str]) -> Iterator[Run]:
+def _decoded(module: torch.nn.Module, task: str, names: set[str]) -> Iterator[Run]:
     """Decoders: padded rows of tokens in one pass; with a cache all tokens but the last, then that one through it."""
     import torch
 
@@ -168,16 +182,69 @@ def _decoded(module: torch.nn.Module, names: set[str]) -> Iterator[Run]:
         for name, value in module(**inputs).items()
         if name in ("logits", "last_hidden_state")
     }
-    caches = {name: _present(name) for name in sorted(names) if is_cache_name(name)}
-    parts = [slice(0, TOKENS - 1), slice(TOKENS - 1, TOKENS)] if caches else [slice(0, TOKENS)]
-    for part in parts:
+    for part, caches in _steps(names):
         feeds = {"input_ids": ids[:, part].numpy(), "attention_mask": mask[:, : part.stop].numpy()}
-        expected = {name: value[:, part] for name, value in outputs.items()}
-        yield Run(feeds, expected, caches if part.start else {})
+        yield Run(feeds, {name: value[:, part] for name, value in outputs.items()}, caches)
 
 
-def _present(past: str) -> str:
-    return past.replace("past_key_values", "present")
+def _steps(names: set[str]) -> Iterator[tuple[slice, dict[str, str]]]:
+    """Tokens that run at once, with the caches that they are given: all tokens, or all but the last and that one."""
+    caches = {
+        name: name.replace("past_key_values", "present") for name in sorted(names) if is_cache_name(name)
+    }
+    if not caches:
+        yield slice(0, TOKENS), {}
+        return
+    yield slice(0, TOKENS - 1), {}
+    yield slice(TOKENS - 1, TOKENS), caches
+
+
+def _encoded(module: torch.nn.Module, task: str, names: set[str]) -> Iterator[Run]:
+    """Encoders of two: the states that the decoder reads."""
+    inputs = _encoder_inputs(module, task)
+    states = module.get_encoder()(**inputs).last_hidden_state  # type: ignore[operator]
+    yield Run({name: value.numpy() for name, value in inputs.items()}, {"last_hidden_state": states.numpy()})
+
+
+def _translated(module: torch.nn.Module, task: str, names: set[str]) -> Iterator[Run]:
+    """Decoders of two: tokens in one pass, then the last one through the caches, its own and the encoder's."""
+    import torch
+
+    inputs = _encoder_inputs(module, task)
+    states = module.get_encoder()(**inputs)  # type: ignore[operator]
+    vocabulary = module.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
+    ids = torch.randint(0, vocabulary, (ROWS, TOKENS))
+    masks = {name: value for name, value in inputs.items() if name == "attention_mask"}
+    logits = module(decoder_input_ids=ids, encoder_outputs=states, **masks).logits.numpy()
+    given = {"encoder_hidden_states": states.last_hidden_state.numpy()}
+    given |= {f"encoder_{name}": value.numpy() for name, value in masks.items()}
+    for part, caches in _steps(names):
+        flag = {"use_cache_branch": np.array([bool(caches)])}
+        yield Run({**given, **flag, "input_ids": ids[:, part].numpy()}, {"logits": logits[:, part]}, caches)
+
+
+def _encoder_inputs(module: torch.nn.Module, task: str) -> dict[str, torch.Tensor]:
+    """What optimum draws for an encoder of its kind, with padding where there is a mask."""
+    inputs = _drawn(_exporter_config(module, task).with_behavior("encoder"))
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = _mask(ROWS, TOKENS)
+    return inputs
+
+
+def _exporter_config(module: torch.nn.Module, task: str) -> Any:
+    from optimum.exporters.tasks import TasksManager
+
+    constructor = TasksManager.get_exporter_config_constructor(
+        exporter="onnx", model=module, task=task, library_name="transformers"
+    )
+    return constructor(module.config)
+
+
+def _drawn(config: Any) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = config.generate_dummy_inputs(
+        framework="pt", batch_size=ROWS, sequence_length=TOKENS
+    )
+    return found
 
 
 def _mask(rows: int, tokens: int, end: int = 0) -> torch.Tensor:
@@ -189,16 +256,12 @@ def _mask(rows: int, tokens: int, end: int = 0) -> torch.Tensor:
     return mask
 
 
-def _computed(module: torch.nn.Module, task: str) -> Iterator[Run]:
+def _computed(module: torch.nn.Module, task: str, names: set[str]) -> Iterator[Run]:
     """All other models: the inputs that optimum draws for their kind."""
     import torch
-    from optimum.exporters.tasks import TasksManager
 
-    constructor = TasksManager.get_exporter_config_constructor(
-        exporter="onnx", model=module, task=task, library_name="transformers"
-    )
-    config = constructor(module.config)
-    inputs = config.generate_dummy_inputs(framework="pt", batch_size=ROWS, sequence_length=TOKENS)
+    config = _exporter_config(module, task)
+    inputs = _drawn(config)
     if not all(isinstance(value, torch.Tensor) for value in inputs.values()):
         return  # nested inputs: nothing is compared, which the check says
     if inputs.get("attention_mask", torch.empty(0)).shape == (ROWS, TOKENS):

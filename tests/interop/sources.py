@@ -119,6 +119,28 @@ def save_llama(folder: Path) -> Path:
     return folder
 
 
+def save_t5(folder: Path, layers: int = 2, weak: tuple[int, ...] = ()) -> Path:
+    """An encoder of two layers and a decoder, of which some layers add little."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=layers, num_heads=4,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0, eos_token_id=None, pad_token_id=0,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        model.shared.weight.normal_(0, 1)
+        for number, block in enumerate(model.decoder.block):
+            for name, parameter in block.named_parameters():
+                if name.endswith((".o.weight", ".wo.weight")):
+                    parameter.normal_(0, 0.02 if number in weak else 1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_bert(folder: Path) -> Path:
     """An encoder of two layers with its tokenizer."""
     import torch

@@ -18,7 +18,8 @@ from onnxcollapse.errors import DataError, ExportError, ModelError, OptionError
 from onnxcollapse.interop import hugging_face
 from onnxcollapse.interop.agreement import Run, check, difference
 from onnxcollapse.interop.export import ExportOptions, export
-from tests.interop.sources import MODULES, VOCABULARY, save_bert, save_llama
+from onnxcollapse.model import size
+from tests.interop.sources import MODULES, VOCABULARY, save_bert, save_llama, save_t5
 from tests.support import mlp, outputs, rows
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install onnxcollapse[export]")
@@ -83,7 +84,9 @@ def test_a_decoder_generates_through_its_cache_as_its_source_does(llama, decoder
 def test_the_check_of_a_decoder_reads_padding_and_cache(llama, decoder):
     model = Model.load(decoder[0])
     runs = list(
-        hugging_face._runs(str(llama), decoder[0] / "model.onnx", "text-generation-with-past", seed=0)
+        hugging_face._runs(
+            str(llama), decoder[0] / "model.onnx", "text-generation-with-past", 0, hugging_face._decoded
+        )
     )
     assert [run.feeds["input_ids"].shape for run in runs] == [(3, 10), (3, 1)]
     assert check(model, runs, 1e-3).problem is None
@@ -199,6 +202,39 @@ def test_options_that_do_not_suit_a_folder(llama, tmp_path, options, fact):
     assert left(tmp_path) == []
 
 
+def test_an_encoder_decoder_is_two_files_that_generate_as_the_source_does(tmp_path):
+    from optimum.onnxruntime import ORTModelForSeq2SeqLM
+    from transformers import AutoModelForSeq2SeqLM
+
+    source, out = save_t5(tmp_path / "t5"), tmp_path / "out"
+    found = export(str(source), out)
+    assert found.task == "text2text-generation-with-past"
+    assert set(found.outputs) == {"last_hidden_state", "logits"}
+    assert all(0 < worst.rel_l2 < 1e-5 for worst in found.outputs.values())
+    names = ["config.json", "decoder_model_merged.onnx", "encoder_model.onnx", "generation_config.json"]
+    assert left(out) == names
+    parts = [Model.load(out / name) for name in names[1:3]]
+    assert found.params == sum(size(part).params for part in parts)
+    ids = torch.randint(2, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
+    told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    ours = ORTModelForSeq2SeqLM.from_pretrained(out).generate(ids, **told)
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(source).generate(ids, **told)
+    np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+def test_a_wrong_encoder_is_found_beside_a_right_decoder(tmp_path, monkeypatch):
+    real = hugging_face._encoded
+
+    def other(module, task, names):
+        for run in real(module, task, names):
+            yield replace(run, expected={name: value + 1 for name, value in run.expected.items()})
+
+    monkeypatch.setattr(hugging_face, "_encoded", other)
+    with pytest.raises(ExportError, match="'last_hidden_state' differs"):
+        export(str(save_t5(tmp_path / "t5")), tmp_path / "out")
+    assert left(tmp_path) == ["t5"]
+
+
 def test_several_files_are_not_taken(llama, tmp_path, monkeypatch):
     import optimum.exporters.onnx as optimum
 
@@ -207,7 +243,7 @@ def test_several_files_are_not_taken(llama, tmp_path, monkeypatch):
             (folder / name).touch()
 
     monkeypatch.setattr(optimum, "main_export", several)
-    with pytest.raises(ModelError, match=r"decoder_model\.onnx, encoder_model\.onnx, and only single files"):
+    with pytest.raises(ModelError, match=r"decoder_model\.onnx, encoder_model\.onnx; only single files"):
         export(str(llama), tmp_path / "out")
     assert left(tmp_path) == []
 

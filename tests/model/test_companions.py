@@ -40,10 +40,10 @@ def shortened(source, left=(0, 3)):
     return model
 
 
-def followed(tmp_path, config, left=(0, 3), name="config.json"):
+def followed(tmp_path, config, left=(0, 3), name="config.json", **options):
     path = tmp_path / name
     path.write_text(json.dumps(config))
-    text = companions.follow(path, 4, left)
+    text = companions.follow(path, 4, left, **options)
     return None if text is None else json.loads(text)
 
 
@@ -120,6 +120,25 @@ def test_a_config_of_encoder_and_decoder_is_left_to_the_user(tmp_path, caplog):
         f"{tmp_path / 'config.json'} is of an encoder and a decoder and does not say which of its counts is this "
         "model's: it is copied as it is; set that count from 4 layers to 2 by hand"
     )
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"num_layers": 4, "num_decoder_layers": 4}, {"num_decoder_layers": 2}),
+        ({"encoder_layers": 4, "decoder_layers": 4, "num_hidden_layers": 4}, {"decoder_layers": 2}),
+        ({"decoder": {"n_layer": 4}, "encoder": {"num_hidden_layers": 4}}, {"decoder": {"n_layer": 2}}),
+    ],
+)
+def test_of_two_models_the_decoder_follows_by_name(tmp_path, before, after):
+    config = {"is_encoder_decoder": True, **before}
+    assert followed(tmp_path, config, decoder_of_two=True) == config | after
+
+
+def test_a_decoder_whose_count_is_another_stays(tmp_path, caplog):
+    config = {"is_encoder_decoder": True, "num_layers": 4, "num_decoder_layers": 6}
+    assert followed(tmp_path, config, decoder_of_two=True) is None
+    assert "names no count of 4 layers" in caplog.text
 
 
 def test_genai_config_follows(tmp_path):

@@ -35,7 +35,7 @@ class Cleanup(Pass):
 
     def sites(self, model: Model) -> Iterator[GraphSite | Decline]:
         """Offers the graph when a dry run on a copy takes something away."""
-        trial = model.clone()
+        trial = model.alone().clone()
         _clean(trial)
         before, after = size(model), size(trial)
         saving = Saving(

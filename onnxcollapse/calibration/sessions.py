@@ -258,7 +258,7 @@ def open_session(model: Model, *, provider: str = "auto", outputs: Sequence[str]
         OptionError: The provider's device or options cannot be read.
         ModelError: ONNX Runtime cannot load the model, or an output does not exist.
     """
-    scratch = model.clone()
+    scratch = model.alone().clone()
     if outputs is not None:
         keep_outputs(scratch, outputs)
     return adopt(scratch, provider)

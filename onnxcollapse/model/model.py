@@ -126,6 +126,10 @@ class Model:
         """A copy of the graph, and of those that follow it, that shares the weights."""
         return replace(self, ir=clone(self.ir), followers=tuple(other.clone() for other in self.followers))
 
+    def alone(self) -> Model:
+        """The same graph without those that follow it, for copies that are only measured."""
+        return replace(self, followers=())
+
     def become(self, other: Model) -> None:
         """Take over another's graph, and those that follow it."""
         self.ir, self.followers = other.ir, other.followers

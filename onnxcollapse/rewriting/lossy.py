@@ -95,7 +95,7 @@ class LossyStage:
         self._journal = journal
         self._plan = plan
         self._progress = progress or Progress()
-        self._fitter = Fitter(model.clone(), data, plan, provider, self._progress)
+        self._fitter = Fitter(model.alone().clone(), data, plan, provider, self._progress)
         self._extents = extents
         self._refused: set[tuple[tuple[str, str, str], frozenset[str]]] = set()
         self._offered: dict[tuple[str, str, frozenset[str]], frozenset[Any]] = {}

@@ -76,7 +76,7 @@ class Pricer:
         extents: Extents,
     ) -> None:
         self._extents = extents
-        self._model, self._data, self._verifier, self._budget = model, data, verifier, budget
+        self._model, self._data, self._verifier, self._budget = model.alone(), data, verifier, budget
         self._points, self._provider = plan.points, provider
         self._shapes = _shapes(model, data)
 

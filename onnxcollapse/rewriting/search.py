@@ -238,7 +238,7 @@ class Search:
 
     def _saved(self, group: Sequence[Candidate]) -> float:
         """What rewrites save together; what they save alone where they do not fit together."""
-        trial = self._start.clone()
+        trial = self._start.alone().clone()
         try:
             for item in sorted(group, key=lambda item: item.order):
                 apply(trial, item.maker, item.proposal, outline=True)
@@ -269,7 +269,7 @@ def marginal(
     Raises:
         ModelError: One of them cannot be applied again.
     """
-    model, found = start.clone(), {}
+    model, found = start.alone().clone(), {}
     before = extents.of(model)
     for item in sorted(chosen, key=lambda item: item.order):
         apply(model, item.maker, done[item.key])

@@ -68,7 +68,7 @@ class Verifier:
         self.pricing_metric = "kl" if metric == metrics.CONTINUATION else metric
         if metric in (PERPLEXITY, metrics.CONTINUATION) and not takes_tokens(reference):
             raise no_tokens(metric)  # here and not after the work that comes before the first measurement
-        self._reference = reference.clone()
+        self._reference = reference.alone().clone()
         self._imprint = self._reference.imprint()
         self._data, self._provider = data, provider
         self._continuations: dict[DataPart, Continuations] = {}

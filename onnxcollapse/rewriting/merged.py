@@ -166,6 +166,7 @@ class _Outside:
 
     def take_over(self, part: Model) -> None:
         """Lets a branch read inputs and weights from around it."""
+        _own_outputs(part)
         for value in part.graph.inputs:
             ir.convenience.replace_all_uses_with(value, self._inputs[value.name], replace_graph_outputs=False)
         for name, value in list(part.graph.initializers.items()):
@@ -219,14 +220,15 @@ class _Outside:
 
 
 def _own_outputs(part: Model) -> None:
-    """Lets every output be made by a node of its own, as a branch wants it."""
+    """Lets outputs that are weights be made by a node, as ONNX Runtime wants it in a branch."""
     graph = part.graph
     for place, value in enumerate(graph.outputs):
-        if value.producer() is None or value in graph.outputs[:place]:
+        if value.is_initializer():
             node = ir.Node("", "Identity", [value], outputs=[edit.like(value)])
+            name, value.name = value.name, edit.unique_name(graph, f"{value.name}_constant")
+            node.outputs[0].name = name
             graph.append(node)
             graph.outputs[place] = node.outputs[0]
-            node.outputs[0].name = edit.unique_name(graph, value.name or "")
 
 
 def _stays(value: ir.Value) -> bool:

@@ -10,13 +10,18 @@ from onnx import TensorProto, checker, helper
 from onnxcollapse import Model
 
 
-def merged(without: Model, cached: Model) -> Model:
+def merged(without: Model, cached: Model, *, hands_on: bool = False) -> Model:
     """The first where use_cache_branch is False, the second where it is True; weights lie outside, once.
 
     The graphs keep their own names for tensors, and branches call their outputs as the If does.
+
+    Args:
+        without: Gives caches and takes none.
+        cached: Takes caches.
+        hands_on: Whether the second gives the encoder's caches as it gets them, rather than empty ones.
     """
     parts = [onnx.load_from_string(model.to_bytes()) for model in (without, cached)]
-    _constant_outputs(*parts)
+    _other_outputs(*parts, hands_on)
     shared, weights = dict[tuple, str](), list[onnx.TensorProto]()
     branches = []
     for part, name in zip(parts, ("no_past", "with_past"), strict=True):
@@ -54,15 +59,20 @@ def merged(without: Model, cached: Model) -> Model:
     return Model(ir.from_proto(proto))
 
 
-def _constant_outputs(without: onnx.ModelProto, cached: onnx.ModelProto) -> None:
-    """Lets the second graph give, empty, what only the first one computes; in the order of the first."""
+def _other_outputs(without: onnx.ModelProto, cached: onnx.ModelProto, hands_on: bool) -> None:
+    """Lets the second graph give what only the first one computes, in the order of the first."""
     known = {value.name: value for value in cached.graph.output}
     for value in without.graph.output:
         if value.name not in known:
             shape = [0 if dim.dim_param else dim.dim_value for dim in value.type.tensor_type.shape.dim]
             shape[2] = 1
             empty = helper.make_tensor("empty", TensorProto.FLOAT, shape, [])
-            cached.graph.node.append(helper.make_node("Constant", [], [value.name], value=empty))
+            past = value.name.replace("present", "past_key_values")
+            cached.graph.node.append(
+                helper.make_node("Identity", [past], [value.name])
+                if hands_on
+                else helper.make_node("Constant", [], [value.name], value=empty)
+            )
             known[value.name] = value
     order = [known[value.name] for value in without.graph.output]
     del cached.graph.output[:]

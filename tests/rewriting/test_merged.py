@@ -179,6 +179,38 @@ def test_exact_rewrites_need_no_data():
     assert cache_gap(result.model, data(model), "cpu") < 1e-6
 
 
+def test_caches_that_are_handed_on_leave_with_their_layer():
+    model = merged(crossed(caching="given"), crossed(caching="taken"), hands_on=True)
+    passes = [Cleanup(), CollapseLayers(longest=2)]
+    result = optimize(model, data(model), budget=Budget(0.2), passes=passes, provider="cpu")
+    left = [name for name in CACHES if name[0] in "01"]
+    assert names(result.model.graph.outputs) == ["logits", *(f"present.{name}" for name in left)]
+    feeds = samples(crossed(caching="taken"), 3) | {"use_cache_branch": np.array([True])}
+    feeds = {name: array for name, array in feeds.items() if name in names(result.model.graph.inputs)}
+    with open_session(result.model, provider="cpu") as session:
+        found = session.run(complete(feeds, result.model.signature()))
+    for name in (name for name in left if "encoder" in name):
+        np.testing.assert_array_equal(found[f"present.{name}"], feeds[f"past_key_values.{name}"])
+    assert cache_gap(result.model, data(result.model, 3), "cpu") < 1e-5
+
+
+def test_an_output_that_is_a_weight_is_made_by_a_node(tmp_path):
+    model = decoder()
+    apart = Merged.of(model)
+    graph = apart.lead.followers[0].graph
+    place, value = next((i, v) for i, v in enumerate(graph.outputs) if v.name == "present.1.encoder.key")
+    array = value.producer().attributes["value"].value.numpy()
+    weight = ir.Value(
+        name=value.name, const_value=ir.tensor(array), type=value.type, shape=ir.Shape(array.shape)
+    )
+    value.name = "idle"
+    graph.outputs[place] = weight
+    graph.initializers.add(weight)
+    made = apart.join(apart.lead)
+    assert made.signature() == model.signature()
+    assert cache_gap(made, data(made), "cpu") < 1e-6
+
+
 def test_what_nothing_was_done_to_is_the_same_byte_for_byte():
     model = decoder()
     result = optimize(model, data(model), budget=Budget(1e-9), passes=[CollapseLayers()], provider="cpu")

@@ -6,9 +6,10 @@ Blocks are numbered from 0 in a window. An alignment is [k, h]: row i says which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 from scipy import optimize
@@ -18,8 +19,13 @@ from onnxcollapse.calibration.statistics import GramMatrix
 from onnxcollapse.structure.constants import Array
 from onnxcollapse.structure.tying import Weights
 
+T = TypeVar("T")
+
 ROUNDS = 3
 """How often scales and shared weights are solved for in turns at most."""
+
+ROWS = 64
+"""Rows of a wide matrix that are scaled at a time: in cache, and without a copy of it."""
 
 Correlations = Callable[[int, int], Array]
 """Pearson's correlation [h, h] of the neurons of two blocks, the first before the second."""
@@ -87,30 +93,51 @@ def permuted(weights: Weights, order: Array) -> Weights:
     return Weights((*first, weights.matrices[-1][order]), (*biases, weights.offsets[-1]), weights.scale)
 
 
-def average(blocks: Sequence[Weights]) -> Weights:
-    """The mean of aligned weights, biases too (arXiv 2501.06126, section 3.3)."""
+def average(blocks: Iterable[Weights]) -> Weights:
+    """The mean of aligned weights, biases too (arXiv 2501.06126, section 3.3); blocks come one after the other."""
+    waiting = iter(blocks)
+    total, count = next(waiting), 1
+    for one in waiting:
+        total, count = _each(np.add, total, one), count + 1
+    return _each(lambda array: array / count, total)
+
+
+def _each(function: Callable[..., Array], *blocks: Weights) -> Weights:
+    """What a function makes of the weights that correspond."""
     return Weights(
-        tuple(np.mean(group, axis=0) for group in zip(*(block.matrices for block in blocks), strict=True)),
+        tuple(map(function, *(block.matrices for block in blocks))),
         tuple(
-            np.mean(there, axis=0) if (there := _present(group)) else None
+            function(*there) if (there := _present(group)) else None
             for group in zip(*(block.offsets for block in blocks), strict=True)
         ),
     )
 
 
-def mixed(blocks: Sequence[Weights], kept: Array) -> Weights:
-    """Each slot's neuron from the block that it is kept of; the last offset is the first block's."""
-    slots = np.arange(len(kept))
-    first = tuple(
-        np.stack([block.matrices[place].T for block in blocks])[kept, slots].T
-        for place in range(len(blocks[0].matrices) - 1)
-    )
-    biases = tuple(
-        np.stack(there)[kept, slots] if (there := _present(group)) else None
-        for group in zip(*(block.offsets[:-1] for block in blocks), strict=True)
-    )
-    last = np.stack([block.matrices[-1] for block in blocks])[kept, slots]
-    return Weights((*first, last), (*biases, blocks[0].offsets[-1]))
+def mixed(blocks: Iterable[Weights], kept: Array) -> Weights:
+    """Each slot's neuron from the block that it is kept of; the last offset is the first's.
+
+    Args:
+        blocks: Aligned, one after the other.
+        kept: The block of each slot, [h].
+    """
+    waiting = iter(blocks)
+    found = next(waiting)
+    for place, one in enumerate(waiting, 1):
+        found = _joined(found, one, kept == place)
+    return found
+
+
+def _joined(block: Weights, other: Weights, mine: Array) -> Weights:
+    """A block with some neurons, bool [h], of another one."""
+    first = [
+        np.where(mine, new, old) for old, new in zip(block.matrices[:-1], other.matrices[:-1], strict=True)
+    ]
+    last = np.where(mine[:, None], other.matrices[-1], block.matrices[-1])
+    biases = [
+        np.where(mine, there[1], there[0]) if (there := _present(group)) else None
+        for group in zip(block.offsets[:-1], other.offsets[:-1], strict=True)
+    ]
+    return Weights((*first, last), (*biases, block.offsets[-1]))
 
 
 def _present(group: Sequence[Array | None]) -> list[Array]:
@@ -143,11 +170,11 @@ class Sums:
         """The sums of a Gram matrix of [1, a, y]."""
         power = gram.power(2)
         if not biased:
-            gram = gram.through_origin()
+            means = np.zeros(gram.widths[0]), np.zeros(gram.widths[1])
+            return cls(gram.block(1, 1), gram.block(1, 2), power, power, means)
         problem = Problem.of(gram, 1, 2)
         means = problem.x_mean, problem.y_mean
-        spread = max(gram.power(2) - float(means[1] @ means[1]), 0.0)
-        return cls(problem.G, problem.C, power, spread, means)
+        return cls(problem.G, problem.C, power, max(power - float(means[1] @ means[1]), 0.0), means)
 
     def error(self, matrix: Array, offset: Array | None) -> float:
         """E |y - a matrix - offset|^2 / E |y|^2; the best offset where none is given."""
@@ -157,15 +184,37 @@ class Sums:
         return total / self.power if self.power > 0 else (0.0 if total == 0 else float("inf"))
 
 
-def tied_error(sums: Sequence[Sums], weights: Sequence[Weights]) -> float:
+@dataclass(frozen=True, eq=False)
+class BlockSums:
+    """The sums of the blocks of a window, in memory one block's at a time, however many blocks there are.
+
+    Attributes:
+        count: Blocks.
+        gram: Gives the Gram matrix of [1, a, y] of a block.
+        biased: Whether the blocks' outputs have biases.
+    """
+
+    count: int
+    gram: Callable[[int], GramMatrix]
+    biased: bool
+
+    def each(self, use: Callable[[int, Sums], T]) -> list[T]:
+        """What is made of each block's number and sums."""
+        return [use(place, Sums.of(self.gram(place), biased=self.biased)) for place in range(self.count)]
+
+
+def tied_error(sums: BlockSums, weights: Sequence[Weights]) -> float:
     """Root mean relative squared error of the blocks with these last Linears."""
-    errors = [
-        one.error(
-            own.matrices[-1] if own.scale is None else own.scale[:, None] * own.matrices[-1], own.offsets[-1]
-        )
-        for one, own in zip(sums, weights, strict=True)
-    ]
-    return float(np.sqrt(np.mean(errors)))
+
+    def error(place: int, one: Sums) -> float:
+        own = weights[place]
+        return one.error(_times(own.scale, own.matrices[-1]), own.offsets[-1])
+
+    return float(np.sqrt(np.mean(sums.each(error))))
+
+
+def _times(scale: Array | None, matrix: Array) -> Array:
+    return matrix if scale is None else scale[:, None] * matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,18 +231,26 @@ class Tied:
     matrix: Array
     scales: Array | None
     ridge: float
-    error: float
+    error: float = float("inf")
 
-    def offsets(self, sums: Sequence[Sums]) -> list[Array]:
+    def scale(self, place: int) -> Array | None:
+        """The factors of one block."""
+        return None if self.scales is None else self.scales[place]
+
+    def offsets(self, sums: BlockSums) -> list[Array]:
         """The best offset of each block."""
-        return [
-            one.means[1]
-            - (one.means[0] if self.scales is None else one.means[0] * self.scales[place]) @ self.matrix
-            for place, one in enumerate(sums)
-        ]
+
+        def offset(place: int, one: Sums) -> Array:
+            scale = self.scale(place)
+            best: Array = (
+                one.means[1] - (one.means[0] if scale is None else one.means[0] * scale) @ self.matrix
+            )
+            return best
+
+        return sums.each(offset)
 
 
-def tied_fit(fit: Sequence[Sums], heldout: Sequence[Sums], prior: Array, own: Array | None) -> Tied:
+def tied_fit(fit: BlockSums, heldout: BlockSums, prior: Array, own: Array | None) -> Tied:
     """Fits y_i ~ a_i diag(s_i) W + b_i with one W for all blocks, each counted relative to its own output.
 
     For given scales W solves ridge regression on the sums of s_i G_i s_i and s_i C_i; for a given W the scales of a
@@ -203,7 +260,7 @@ def tied_fit(fit: Sequence[Sums], heldout: Sequence[Sums], prior: Array, own: Ar
     towards where they started.
 
     Args:
-        fit: Sums of the rows fitted to, block by block.
+        fit: Sums of the rows fitted to.
         heldout: Those of the rows that choose the ridge and the start.
         prior: float64 [h, q]: the weights that the shared neurons have in their own blocks.
         own: bool [k, h]: whether a neuron is the block's own; None for no scales.
@@ -213,50 +270,70 @@ def tied_fit(fit: Sequence[Sums], heldout: Sequence[Sums], prior: Array, own: Ar
     return min(found, key=lambda tied: tied.error)
 
 
-def _from(fit: Sequence[Sums], heldout: Sequence[Sums], prior: Array, start: Array | None) -> Tied:
-    scales = start
-    best = min(
-        (_measured(heldout, _shared(fit, scales, prior, ridge), scales, ridge) for ridge in RIDGES),
-        key=lambda tied: tied.error,
-    )
+def _from(fit: BlockSums, heldout: BlockSums, prior: Array, start: Array | None) -> Tied:
+    problem = _Joint(prior)
+    fit.each(lambda place, one: problem.add(one, None if start is None else start[place]))
+    best = _best(heldout, [Tied(problem.solve(ridge), start, ridge) for ridge in RIDGES])
     if start is None:
         return best
     for _ in range(ROUNDS):
-        scales = np.stack(
-            [_scale(one, best.matrix, begin, best.ridge) for one, begin in zip(fit, start, strict=True)]
-        )
-        found = _measured(heldout, _shared(fit, scales, prior, best.ridge), scales, best.ridge)
+        found = _best(heldout, [_again(fit, best, prior, start)])
         if found.error >= best.error:
             break
         best = found
     return best
 
 
-def _measured(heldout: Sequence[Sums], matrix: Array, scales: Array | None, ridge: float) -> Tied:
-    tied = Tied(matrix, scales, ridge, 0.0)
-    errors = [
-        one.error(matrix if scales is None else scales[place][:, None] * matrix, None)
-        for place, one in enumerate(heldout)
-    ]
-    return replace(tied, error=float(np.sqrt(np.mean(errors))))
+def _again(fit: BlockSums, tied: Tied, prior: Array, start: Array) -> Tied:
+    """The best scales for a W, and the best W for these."""
+    square, problem = tied.matrix @ tied.matrix.T, _Joint(prior)
+
+    def scale(place: int, one: Sums) -> Array:
+        """Of one block, whose sums with it join the problem."""
+        H = one.G * square
+        right = np.einsum("ij,ij->i", one.C, tied.matrix) - H @ start[place]
+        found: Array = start[place] + ridge_solve(H, right[:, None], tied.ridge)[:, 0]
+        problem.add(one, found)
+        return found
+
+    scales = np.stack(fit.each(scale))
+    return Tied(problem.solve(tied.ridge), scales, tied.ridge)
 
 
-def _shared(fit: Sequence[Sums], scales: Array | None, prior: Array, ridge: float) -> Array:
-    """The W of all blocks for given scales."""
-    G, C = np.zeros_like(fit[0].G), np.zeros_like(fit[0].C)
-    for place, one in enumerate(fit):
+def _best(heldout: BlockSums, candidates: Sequence[Tied]) -> Tied:
+    """The one of the smallest error on the held-out rows, the first of equal ones."""
+
+    def errors(place: int, one: Sums) -> list[float]:
+        return [one.error(_times(tied.scale(place), tied.matrix), None) for tied in candidates]
+
+    means = np.sqrt(np.mean(heldout.each(errors), axis=0))
+    best = int(np.argmin(means))
+    return replace(candidates[best], error=float(means[best]))
+
+
+class _Joint:
+    """The ridge regression that W solves for all blocks, whose sums join one after the other.
+
+    Args:
+        prior: What W shrinks towards, [h, q].
+    """
+
+    def __init__(self, prior: Array) -> None:
+        self._prior = prior
+        self._G, self._C = np.zeros((len(prior), len(prior))), np.zeros(prior.shape)
+
+    def add(self, one: Sums, scale: Array | None) -> None:
+        """Takes in a block's sums with its scales, relative to the power of its output; some rows at a time."""
         weight = 1.0 / max(one.power, 1e-30)
-        s = np.ones(len(G)) if scales is None else scales[place]
-        G += weight * (s[:, None] * one.G * s)
-        C += weight * (s[:, None] * one.C)
-    return prior + ridge_solve(G, C - G @ prior, ridge)
+        s = np.ones(len(one.G)) if scale is None else scale
+        for start in range(0, len(s), ROWS):
+            rows = slice(start, start + ROWS)
+            self._G[rows] += weight * (s[rows, None] * one.G[rows] * s)
+            self._C[rows] += weight * (s[rows, None] * one.C[rows])
 
-
-def _scale(one: Sums, matrix: Array, start: Array, ridge: float) -> Array:
-    """The scales of one block for a given W."""
-    H = one.G * (matrix @ matrix.T)
-    right = np.einsum("ij,ij->i", one.C, matrix) - H @ start
-    return start + ridge_solve(H, right[:, None], ridge)[:, 0]
+    def solve(self, ridge: float) -> Array:
+        """The W of all of them."""
+        return self._prior + ridge_solve(self._G, self._C - self._G @ self._prior, ridge)
 
 
 def pairs(count: int) -> list[tuple[int, int]]:

@@ -13,7 +13,8 @@ block's weights. ``fit`` is ours: each shared neuron is that of the block where 
 scale for each neuron and an offset for each block solve one least-squares problem on what the shared neurons really
 give on every block's input. Without training, blocks that compute different things have to be fitted again.
 
-What is shared is stored once: parameters and bytes fall, FLOPs stay.
+What is shared is stored once: parameters and bytes fall, FLOPs stay. Weights and sums are read block by block, so a fit
+takes the memory of one block's, however many a window has.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from onnxcollapse.passes import ffn_ties
-from onnxcollapse.passes.ffn_ties import Sums
+from onnxcollapse.passes.ffn_ties import BlockSums
 
 from onnxcollapse.calibration.statistics import Cross, Gram, Moments, Ref, Request, Statistics
 from onnxcollapse.model import Model, scratch
@@ -110,6 +111,12 @@ class Trial:
         """The window's nodes."""
         return self.window.nodes
 
+    def gram(self, place: int) -> Gram:
+        """Asks for what a block has to give, by the shared neurons."""
+        block = self.window.blocks[place]
+        features = Ref(self.hidden[place], axis=block.down.axis)
+        return Gram((features,), (Ref(block.name, source="reference", axis=block.down.axis),))
+
 
 @dataclass(frozen=True)
 class MergeFfn(Pass):
@@ -156,7 +163,7 @@ class MergeFfn(Pass):
     def requests(self, site: FfnWindow | Trial) -> Sequence[Request]:
         """Asks how the blocks' neurons correlate; then what the shared ones give on every block's input."""
         if isinstance(site, Trial):
-            return [_gram(block, name) for block, name in zip(site.window.blocks, site.hidden, strict=True)]
+            return [site.gram(place) for place in range(self.window)]
         fitted, neurons = self.tie == "fit", [self._neurons(block) for block in site.blocks]
         found: list[Request] = [Moments(ref) for ref in neurons] if fitted else []
         if self.permute and self.tie != "anchor":
@@ -168,17 +175,13 @@ class MergeFfn(Pass):
     def look_closer(self, scratch: Model, site: FfnWindow, statistics: Statistics) -> Trial:
         """Chooses what is shared, and lets a scratch copy compute it on every block's input."""
         own = None
-        before = [block_weights(block) for block in site.blocks]
         if self.tie == "fit":
-            shared, kept = self._mixed(site, before, statistics)
+            shared, kept = self._mixed(site, statistics)
             own = np.arange(self.window)[:, None] == kept if self.scale else None
         elif self.tie == "anchor":
-            shared = before[0]
+            shared = block_weights(site.blocks[0])
         else:
-            order = self._aligned(site, statistics)
-            shared = ffn_ties.average(
-                [ffn_ties.permuted(one, row) for one, row in zip(before, order, strict=True)]
-            )
+            shared = ffn_ties.average(_ordered(site, self._aligned(site, statistics)))
         shelf = Shelf()
         hidden = tuple(probe_hidden(scratch, block, shared, shelf) for block in site.blocks)
         return Trial(site, Held.of((shared,) * self.window), hidden, own)
@@ -189,10 +192,8 @@ class MergeFfn(Pass):
             yield Decline(site.name, "no statistics were collected")
             return
         biased = site.window.biased
-        wanted = self.requests(site)
-        grams = [request for request in wanted if isinstance(request, Gram)]
         fit, heldout = (
-            [Sums.of(of(request), biased=biased) for request in grams]
+            BlockSums(self.window, lambda place, of=of: of(site.gram(place)), biased)
             for of in (statistics.fit, statistics.heldout)
         )
         weights = site.held.weights()
@@ -244,27 +245,25 @@ class MergeFfn(Pass):
             return np.tile(np.arange(width), (self.window, 1))
         return ffn_ties.aligned(self.window, width, self._correlation(site, statistics))
 
-    def _mixed(
-        self, site: FfnWindow, before: Sequence[Weights], statistics: Statistics
-    ) -> tuple[Weights, Array]:
+    def _mixed(self, site: FfnWindow, statistics: Statistics) -> tuple[Weights, Array]:
         """The shared neurons, and the block that each is of."""
         power = [
-            statistics.fit(Moments(self._neurons(block))).variance * np.square(own.matrices[-1]).sum(1)
-            for block, own in zip(site.blocks, before, strict=True)
+            statistics.fit(Moments(self._neurons(block))).variance * np.square(block.down.matrix()).sum(1)
+            for block in site.blocks
         ]
         power = [one / max(float(one.sum()), 1e-30) for one in power]
         if self.permute:
             outputs = self._correlation(site, statistics)
 
             def alike(i: int, j: int) -> Array:  # copies are copies, though their inputs differ
-                return np.maximum(np.abs(outputs(i, j)), ffn_ties.likeness(before[i], before[j]))
+                a, b = (block_weights(site.blocks[place]) for place in (i, j))
+                return np.maximum(np.abs(outputs(i, j)), ffn_ties.likeness(a, b))
 
             order, kept = ffn_ties.matched(power, alike)
         else:
             order = np.tile(np.arange(len(power[0])), (self.window, 1))
             kept = np.argmax(power, axis=0)
-        blocks = [ffn_ties.permuted(one, row) for one, row in zip(before, order, strict=True)]
-        return ffn_ties.mixed(blocks, kept), kept
+        return ffn_ties.mixed(_ordered(site, order), kept), kept
 
 
 def _objection(window: FfnWindow) -> str | None:
@@ -283,15 +282,15 @@ def _objection(window: FfnWindow) -> str | None:
     return None
 
 
+def _ordered(window: FfnWindow, order: Array) -> Iterator[Weights]:
+    """The weights of each block with its neurons in an order, one block's in memory at a time."""
+    for block, row in zip(window.blocks, order, strict=True):
+        yield ffn_ties.permuted(block_weights(block), row)
+
+
 def _root(value: ir.Value) -> ir.Value:
     known = folded(value)
     return value if known is None or known.root is None else known.root
-
-
-def _gram(block: FeedForward, hidden: str) -> Gram:
-    return Gram(
-        (Ref(hidden, axis=block.down.axis),), (Ref(block.name, source="reference", axis=block.down.axis),)
-    )
 
 
 def _fitted(shared: Weights, tied: ffn_ties.Tied, offsets: Sequence[Array | None]) -> list[Weights]:

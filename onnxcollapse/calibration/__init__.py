@@ -30,6 +30,7 @@ from onnxcollapse.calibration.statistics import (
     Request,
     Statistics,
 )
+from onnxcollapse.calibration.store import Store
 from onnxcollapse.calibration.subset import SubsetFit, eliminate, refit_subset
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Request",
     "Session",
     "Statistics",
+    "Store",
     "SubsetFit",
     "Sweep",
     "available_providers",

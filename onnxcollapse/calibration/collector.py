@@ -98,7 +98,7 @@ class Sweep:
     ) -> None:
         """See collect for the other arguments; a segment runs once for each share of its requests that fits `room`.
 
-        `room` is the bytes that the sums held at a time may take, None for any.
+        `room` is the bytes that the sums gathered at a time may take, None for any; one request's may take more.
         """
         self._room = room
         self._requests = tuple(dict.fromkeys(requests))
@@ -123,14 +123,13 @@ class Sweep:
         self._rewritten = model
 
     def __iter__(self) -> Iterator[tuple[Segment, Statistics]]:
-        homes = self._homes()
+        homes = self._homes
         last = max(homes.values(), default=-1)
         try:
             while self._walk.place <= last:
                 place = self._walk.place
-                own = [request for request in self._requests if homes[request] == place]
                 later = [request for request in self._requests if homes[request] > place]
-                shares = self._shares(own)
+                shares = self._shares.get(place, [[]])
                 yield self._walk.segment, self._statistics(shares[0], later, hold=place < last)
                 for share in shares[1:]:
                     yield self._walk.segment, self.again(self._rewritten or self._model, share)
@@ -141,18 +140,36 @@ class Sweep:
             if self._beside is not None:
                 self._beside.close()
 
-    def _shares(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Splits a segment's requests, in their order, into shares whose sums fit."""
+    @property
+    def spare(self) -> int | None:
+        """Bytes of the room that are left beside the widest share; None for any."""
+        if self._room is None:
+            return None
+        shares = [share for found in self._shares.values() for share in found]
+        return max(self._room - max((sum(map(self._bytes, share)) for share in shares), default=0), 0)
+
+    @functools.cached_property
+    def _shares(self) -> dict[int, list[list[Request]]]:
+        """The requests of each segment, in their order, in shares whose sums fit."""
+        own: dict[int, list[Request]] = {}
+        for request, place in self._homes.items():
+            own.setdefault(place, []).append(request)
+        return {place: self._divided(requests) for place, requests in own.items()}
+
+    def _divided(self, requests: Sequence[Request]) -> list[list[Request]]:
         shares: list[list[Request]] = [[]]
         held = 0
         for request in requests:
-            size = 0 if self._room is None else _sum_bytes(request, self._widths)
+            size = self._bytes(request)
             if self._room is not None and shares[-1] and held + size > self._room:
                 shares.append([])
                 held = 0
             shares[-1].append(request)
             held += size
         return shares
+
+    def _bytes(self, request: Request) -> int:
+        return 0 if self._room is None else _sum_bytes(request, self._widths)
 
     @functools.cached_property
     def _widths(self) -> Mapping[tuple[str, int], int]:
@@ -174,6 +191,7 @@ class Sweep:
         if self._beside is not None:
             self._beside.move_on()
 
+    @functools.cached_property
     def _homes(self) -> dict[Request, int]:
         """The segment at which everything that a request needs is there."""
         made = {name: s.index for s in self._walk.segments for name in s.makes}

@@ -70,9 +70,15 @@ class Problem:
         """The moments of columns of `gram`, in arrays of their own."""
         x_mean, y_mean = gram.mean(features), gram.mean(targets)
         G, C = gram.block(features, features), gram.block(features, targets)
-        G -= np.outer(x_mean, x_mean)
-        C -= np.outer(x_mean, y_mean)
+        _take_outer(G, x_mean, x_mean)
+        _take_outer(C, x_mean, y_mean)
         return cls(G, C, x_mean, y_mean)
+
+
+def _take_outer(matrix: np.ndarray, left: np.ndarray, right: np.ndarray, rows: int = 64) -> None:
+    """Takes left'right from a matrix, some rows at a time, so that no second one is made."""
+    for start in range(0, len(matrix), rows):
+        matrix[start : start + rows] -= np.outer(left[start : start + rows], right)
 
 
 def ridge_fit(

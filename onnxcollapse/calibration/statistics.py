@@ -116,8 +116,12 @@ class GramMatrix:
 
     def block(self, a: Selector, b: Selector) -> np.ndarray:
         """Mean of a'b over the rows, float64 [width of a, width of b]; see `columns` for a and b."""
-        part = self.matrix[np.ix_(self.columns(a), self.columns(b))]
-        part /= max(self.count, 1.0)  # in place: a wide layer's block takes gigabytes
+        rows, columns = self.columns(a), self.columns(b)
+        if _adjoin(rows) and _adjoin(columns):  # read in place: a wide layer's block takes gigabytes
+            there = self.matrix[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            return np.asarray(there / max(self.count, 1.0))
+        part = self.matrix[np.ix_(rows, columns)]
+        part /= max(self.count, 1.0)  # likewise
         return part
 
     def mean(self, a: Selector) -> np.ndarray:
@@ -191,6 +195,11 @@ class GramMatrix:
 
     def _names(self) -> str:
         return ", ".join(f"{ref.source}:{ref.value}" for ref in self.refs)
+
+
+def _adjoin(index: np.ndarray) -> bool:
+    """Whether columns lie side by side in their order."""
+    return len(index) > 0 and bool(np.all(np.diff(index) == 1))
 
 
 @dataclass(frozen=True, eq=False)

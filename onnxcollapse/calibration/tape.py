@@ -85,6 +85,8 @@ class _Reel:
 
     def put(self, array: np.ndarray) -> None:
         array = np.ascontiguousarray(array)
+        if self._end + array.nbytes > IN_MEMORY:
+            self._file.rollover()  # before it is written, or memory holds it twice
         self._file.seek(self._end)
         self._file.write(array.reshape(-1).view(np.uint8).data)
         self._entries.append((self._end, array.shape, array.dtype))

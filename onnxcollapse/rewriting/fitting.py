@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxcollapse.calibration import Dataset, Plan, Statistics, Sweep
+from onnxcollapse.calibration import Dataset, Plan, Statistics, Store, Sweep
 from onnxcollapse.calibration.statistics import Request
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
@@ -101,6 +102,9 @@ class Fitter:
     ) -> Iterator[tuple[Place, Statistics | Decline | None]]:
         """Gives each place with its statistics, layer by layer, so that those of one layer are held at a time.
 
+        Those of a place that reaches over several layers wait for the last, on disk where the memory plan has no room
+        for them. Statistics are there until the next place is asked for.
+
         Places whose passes want to look closer follow in a second walk, through a copy with what they added to it; a
         Decline stands for the statistics where they could not.
         """
@@ -129,19 +133,19 @@ class Fitter:
         yield from ((place, None) for place in places if not requests[place.key])
         waiting = [place for place in places if requests[place.key]]
         wanted = [request for place in waiting for request in requests[place.key]]
-        held = Statistics()
         sweep = self._sweep(model, wanted, self._reference if self.changed else None, ())
-        with self._progress.task("statistics", 0) as task:
+        with contextlib.closing(Store(sweep.spare)) as store, self._progress.task("statistics", 0) as task:
+            held = Statistics(store)
             sweep.tell = task.update
             for _, statistics in sweep:
-                held = Statistics({**held.results, **statistics.results})
+                store.add(statistics.results)
+                del statistics  # or it stays while the next segment's sums are gathered
                 ready = [
                     place for place in waiting if all(request in held for request in requests[place.key])
                 ]
                 yield from ((place, held) for place in ready)
                 waiting = [place for place in waiting if place not in ready]
-                still = {request for place in waiting for request in requests[place.key]}
-                held = Statistics({key: result for key, result in held.results.items() if key[1] in still})
+                store.keep_only({request for place in waiting for request in requests[place.key]})
 
     def realize(
         self, start: Model, chosen: Sequence[Candidate]

@@ -72,3 +72,20 @@ def test_sums_that_do_not_fit_together_are_gathered_one_after_the_other():
     for request, statistics in zip(requests, apart, strict=True):
         assert request in statistics
         np.testing.assert_allclose(statistics.fit(request).matrix, together.fit(request).matrix, rtol=1e-12)
+
+
+def test_what_the_widest_share_leaves_of_the_room_is_spare():
+    model = mlp([8, 16, 8, 16, 8])
+    data = open_data({"x": np.zeros((64, 8), np.float32)}, model)
+    names = [node.outputs[0].name for node in model.graph if node.op_type == "Relu"]
+    requests = [Gram((Ref(name),)) for name in names]
+    one = {name: 32 * width**2 for name, width in zip(names, (16, 8, 16), strict=True)}
+    both, widest = sum(one.values()), max(one.values())
+
+    def spare(room):
+        return Sweep(model, requests, data, provider="cpu", room=room).spare
+
+    assert spare(None) is None
+    assert spare(both + 5) == 5
+    assert spare(both - 1) == both - 1 - (one[names[0]] + one[names[1]])
+    assert spare(widest) == spare(1) == spare(0) == 0

@@ -130,7 +130,7 @@ class Sweep:
                 place = self._walk.place
                 later = [request for request in self._requests if homes[request] > place]
                 shares = self._shares.get(place, [[]])
-                yield self._walk.segment, self._statistics(shares[0], later, hold=place < last)
+                yield self._walk.segment, self._statistics(shares, later, hold=place < last)
                 for share in shares[1:]:
                     yield self._walk.segment, self.again(self._rewritten or self._model, share)
                 self._advance(hold=place < last)
@@ -218,12 +218,15 @@ class Sweep:
         """
         return self._collected(model, requests, (), hold=False)
 
-    def _statistics(self, own: Sequence[Request], later: Sequence[Request], *, hold: bool) -> Statistics:
+    def _statistics(
+        self, shares: Sequence[Sequence[Request]], later: Sequence[Request], *, hold: bool
+    ) -> Statistics:
+        """Those of the first share; of the reference, what all of them are about is kept."""
         made = self._walk.segment.makes
         kept = [ref.value for ref in _all_refs(later) if ref.value in made and self._key(ref) == ref.value]
-        self._run_beside(own, later, hold=hold)
-        if own:
-            return self._collected(self._model, own, kept, hold=hold)
+        self._run_beside([request for share in shares for request in share], later, hold=hold)
+        if shares[0]:
+            return self._collected(self._model, shares[0], kept, hold=hold)
         for step in self._walk.pass_through(wanted=kept, hold=hold):
             self._note(kept, step.outputs)
         return Statistics()

@@ -203,24 +203,33 @@ class Fitter:
         requests: Mapping[tuple[str, str, str], tuple[Request, ...]],
         done: dict[tuple[str, str, str], Proposal],
     ) -> list[Candidate]:
-        """Walks through `trial`, fits and applies each candidate in its layer; returns those that need no fit."""
+        """Walks through `trial`, fits and applies each candidate in its layer; returns those that need no fit.
+
+        A layer's statistics come in shares where there is no room for all; those that a candidate waits for the rest of
+        are what they were until something is rewritten in the layer, and are gathered again then.
+        """
         wanted = [request for item in waiting for request in requests[item.key]]
         sweep = self._sweep(trial, wanted, self._reference, waiting)
-        with self._progress.task("fitting", 0) as task:
+        changed = -1
+        with contextlib.closing(Store(sweep.spare)) as store, self._progress.task("fitting", 0) as task:
+            held = Statistics(store)
             sweep.tell = task.update
-            for _, statistics in sweep:
-                here = [
-                    i for i in waiting if requests[i.key] and all(r in statistics for r in requests[i.key])
-                ]
-                for number, item in enumerate(here):
-                    now = sweep.again(trial, self._requests(trial, item)) if number else statistics
+            for segment, statistics in sweep:
+                store.add(statistics.results)
+                del statistics  # or it stays while the next share is gathered
+                here = [i for i in waiting if requests[i.key] and all(r in held for r in requests[i.key])]
+                for item in here:
+                    stale = segment.index == changed
+                    now = sweep.again(trial, self._requests(trial, item)) if stale else held
                     again = self._refit(trial, item, now) or done.get(item.key)
                     if again is None:
                         continue  # nothing to repair
                     done[item.key] = again
                     apply(trial, item.maker, again)
                     sweep.rewritten(trial)
+                    changed = segment.index
                 waiting = [item for item in waiting if item not in here]
+                store.keep_only({request for item in waiting for request in requests[item.key]})
         return waiting
 
     @staticmethod

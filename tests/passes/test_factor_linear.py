@@ -366,3 +366,25 @@ def test_options_come_from_text():
     assert parse("factor-linear:align=16") == FactorLinear(align=16)
     with pytest.raises(OptionError, match="align 0 must be 1 or more"):
         parse("factor-linear:align=0")
+
+
+def test_with_little_memory_each_site_is_still_fitted_behind_what_came_before_it(monkeypatch):
+    """Sums of three Linears that read one tensor come in several shares then."""
+    model, real = attention_like(full=True), FactorLinear.refit
+    x = np.random.default_rng(1).normal(size=(200, 6, 40)).astype(np.float32)
+    fitted: list[str] = []
+
+    def noted(self, site, proposal, statistics):
+        fitted.append(site.name)
+        return real(self, site, proposal, statistics)
+
+    monkeypatch.setattr(FactorLinear, "refit", noted)
+    budget, found = Budget(None, target=Target("params", 0.4)), []
+    for memory in (None, 1_000_000):
+        fitted.clear()
+        result = optimize(
+            model, data_for(model, x), budget=budget, passes=[FactorLinear()], provider="cpu", memory=memory
+        )
+        found.append((len(kept(result)), sorted(fitted), result.error))
+    assert found[0][0] > 1 and found[0][:2] == found[1][:2]
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-3)

@@ -6,7 +6,8 @@ behind it smaller, and so does a lower rank of one of them. So a selection that 
 start. Here every site may move to another variant near its own, or to none; what a move saves is sized beside the
 others as they are, which holds as long as no neighbour moves at the same time. The best set of such moves is one
 small integer programme, and it is solved again from where they lead until nothing gets better. It is solved with
-neighbours apart, and with all that may move: then savings are estimates, but one neighbour can give another room.
+neighbours apart, and with all that may move: then savings are estimates, but one neighbour can give another room. What
+comes for a neighbour that goes saves more than beside it, so sets are tried, too, that seem to be a little too large.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Move:
         to: The variant, None for none.
         saved: What it saves more than now.
         cost: What it costs more than now.
+        overlap: What it would save more without its neighbours.
         keys: Pairs of the site and each neighbour: of moves that share one only one is sized right.
     """
 
@@ -49,6 +51,7 @@ class Move:
     to: Candidate | None
     saved: float
     cost: float
+    overlap: float
     keys: frozenset[Hashable]
 
     def holds(self, apart: bool) -> list[Hashable]:
@@ -95,17 +98,26 @@ class Exchange:
         """
 
         def step(now: Sequence[Candidate], moves: Sequence[Move], apart: bool) -> list[Candidate] | None:
-            spare = room - self._size(now)
-            asked = spare
-            for _ in range(3):
-                found = _taken(now, moves, [m.cost for m in moves], [-m.saved for m in moves], asked, apart)
-                over = math.inf if found is None else self._size(found) - self._size(now) - spare
-                if found is None or over <= 0:
-                    return found
-                asked -= over  # savings between two variants that were sized are estimated
-            return None
+            spare, found = room - self._size(now), []
+            for hoped in (0.0,) if apart else (0.0, max(move.overlap for move in moves)):
+                fitting = self._fitting(now, moves, apart, spare, hoped)
+                found += [] if fitting is None else [fitting]
+            return min(found, key=self._total, default=None)
 
         return self._climb(chosen, step, self._total)
+
+    def _fitting(
+        self, now: Sequence[Candidate], moves: Sequence[Move], apart: bool, spare: float, hoped: float
+    ) -> list[Candidate] | None:
+        """The selection after the best moves that need no more than `spare`, with more hoped for at first."""
+        asked = spare + hoped
+        for _ in range(3):
+            found = _taken(now, moves, [m.cost for m in moves], [-m.saved for m in moves], asked, apart)
+            over = math.inf if found is None else self._size(found) - self._size(now) - spare
+            if found is None or over <= 0:
+                return found
+            asked -= over  # savings between two variants that were sized are estimated
+        return None
 
     def smaller(self, chosen: Sequence[Candidate], allowed: float) -> list[Candidate]:
         """A selection that saves more at an error that is allowed.
@@ -116,8 +128,14 @@ class Exchange:
         """
 
         def step(now: Sequence[Candidate], moves: Sequence[Move], apart: bool) -> list[Candidate] | None:
-            spare = allowed - self._total(now)
-            return _taken(now, moves, [-m.saved for m in moves], [m.cost for m in moves], spare, apart)
+            spare, costs = allowed - self._total(now), [m.cost for m in moves]
+            found = [
+                _taken(now, moves, [-m.saved - hoped * m.overlap for m in moves], costs, spare, apart)
+                for hoped in ((0.0,) if apart else (0.0, 1.0))
+            ]
+            # A solver's tolerance lets a sum of costs be a little too large.
+            inside = [one for one in found if one is not None and self._total(one) <= allowed * (1 + 1e-9)]
+            return min(inside, key=self._size, default=None)
 
         return self._climb(chosen, step, self._size)
 
@@ -157,11 +175,12 @@ class Exchange:
         without = self._size(others) if others else None
         before = 0.0 if now is None else self._saved([now], others, without)[0]
         paid = 0.0 if now is None else self._cost(now)
-        moves = [] if now is None else [Move(site, None, -before, -paid, keys)]
+        moves = [] if now is None else [Move(site, None, -before, -paid, 0.0, keys)]
         for nodes in dict.fromkeys(item.nodes for item in near):
             same = [item for item in near if item.nodes == nodes]
             for item, saved in zip(same, self._saved(same, others, without), strict=True):
-                moves.append(Move(site, item, saved - before, self._cost(item) - paid, keys))
+                overlap = max(item.saving.of(self._measure) - saved, 0.0)
+                moves.append(Move(site, item, saved - before, self._cost(item) - paid, overlap, keys))
         return moves
 
     def _saved(

@@ -63,8 +63,8 @@ class Steps:
         self._inputs = [
             session.put(_step(signature, feeds, pairs, past + place)) for place in range(self.cycle)
         ]
-        self._prompt = self._next(session.run_there(session.put(feeds)))
-        self._cache = self._prompt
+        self._cache: dict[str, OrtValue] = {}
+        self._prompt = self._cache = self._next(session.run_there(session.put(feeds)))
 
     def __call__(self) -> None:
         """Runs one step."""
@@ -80,7 +80,13 @@ class Steps:
         return time.perf_counter() - began
 
     def _next(self, outputs: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
-        return {name: outputs[output] for name, output in self._pairs.items()}
+        """The caches of the next step: those given, or as they were where a merged decoder gives an empty one instead.
+
+        So it does with those of an encoder's states, which do not change.
+        """
+        made = {name: outputs[output] for name, output in self._pairs.items()}
+        empty = (name for name, value in made.items() if 0 in value.shape())
+        return made | {name: self._cache[name] for name in empty if name in self._cache}
 
 
 def _step(

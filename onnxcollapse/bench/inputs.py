@@ -85,7 +85,8 @@ def explained(name: str, feeds: Mapping[str, np.ndarray]) -> Iterator[None]:
     except OnnxCollapseError:
         raise
     except Exception as error:  # ONNX Runtime has no common base class for its errors
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        known = [f"{name} {list(array.shape)}" for name, array in feeds.items() if not is_cache_name(name)]
+        shapes = ", ".join(known)
         raise ModelError(f"{name} cannot run on {shapes}: {first_line(error)}; give other sizes") from error
 
 

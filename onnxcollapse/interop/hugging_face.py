@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Computing = Callable[["torch.nn.Module", str, set[str]], Iterator[Run]]
 """Makes runs of a module, given its task and the names of the export's inputs."""
 
-AUTO, WITH_PAST, GENERATION = "auto", "-with-past", "text-generation"
+AUTO, WITH_PAST, GENERATION, TRANSLATION = "auto", "-with-past", "text-generation", "text2text-generation"
+_MERGED_OF = ("decoder_model.onnx", "decoder_with_past_model.onnx")
 ROWS, TOKENS, PADDING = 3, 11, 3  # of what the model is checked on; optimum traces 2 rows of 16 tokens
 
 
@@ -101,6 +102,8 @@ def _task(source: str, config: Any, task: str, cache: bool | None) -> str:
     with_past = task.endswith(WITH_PAST)
     if task == AUTO:
         plain = _inferred(source, config)
+        if plain not in known and TRANSLATION in known:  # a BART is said to be for fill-mask
+            plain = TRANSLATION
         with_past = cache is None and plain + WITH_PAST in known
     wanted = plain + WITH_PAST if (with_past if cache is None else cache) else plain
     if wanted not in known:
@@ -127,15 +130,15 @@ def _inferred(source: str, config: Any) -> str:
 def _main_file(source: str, folder: Path) -> Path:
     """The only file, or the merged decoder beside an encoder; what it was merged of is taken away."""
     found = {path.name: path for path in sorted(folder.rglob("*.onnx"))}
-    if files.MERGED in found and files.ENCODER in found:
-        for name in set(found) - {files.MERGED, files.ENCODER}:
-            for path in found[name].parent.glob(f"{name}*"):
+    if set(found) - set(_MERGED_OF) == {files.MERGED, files.ENCODER}:
+        for name in _MERGED_OF:
+            for path in found[files.MERGED].parent.glob(f"{name}*"):
                 path.unlink()
         return found[files.MERGED]
     if len(found) != 1:
         raise ModelError(
             f"{source}: optimum exports it as {', '.join(found)}; only single files, and a decoder with a cache beside "
-            "its encoder, can be checked and optimized; choose another --task or leave out --no-cache"
+            f"its encoder, can be checked and optimized; choose another --task, with {WITH_PAST} where there is one"
         )
     return next(iter(found.values()))
 

@@ -20,7 +20,7 @@ _WEIGHT_ENDINGS = (
 )  # fmt: skip
 
 MERGED, ENCODER = "decoder_model_merged.onnx", "encoder_model.onnx"
-"""What optimum calls the two parts of an encoder-decoder; the encoder's external data begins with its name."""
+"""What optimum calls the two parts of an encoder-decoder."""
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another folder",
@@ -56,12 +56,13 @@ def find_model(source: Path) -> Path:
     return found[0]
 
 
-def find_companions(model: Path, weights: set[Path]) -> tuple[Path, ...]:
-    """The files beside a model that go where it goes: configs, tokenizers, labels; of a merged decoder its encoder.
+def find_companions(model: Path, weights: set[Path], parts: Sequence[Path] = ()) -> tuple[Path, ...]:
+    """The files beside a model that go where it goes: configs, tokenizers, labels.
 
     Args:
         model: The model's file.
         weights: Files that it refers to.
+        parts: Other models that are used with it, and the files that they refer to.
     """
     return tuple(
         path
@@ -69,7 +70,7 @@ def find_companions(model: Path, weights: set[Path]) -> tuple[Path, ...]:
         if path.is_file()
         and not path.name.startswith(".")
         and path not in weights
-        and (not _is_weight(path) or (model.name == MERGED and path.name.startswith(ENCODER)))
+        and (path in parts or not _is_weight(path))
     )
 
 

@@ -82,7 +82,9 @@ class Model:
         source = Path(source)
         path = files.find_model(source)
         loaded = loading.load(path)
-        beside = files.find_companions(path.absolute(), loaded.weight_files) if source.is_dir() else ()
+        beside: tuple[Path, ...] = ()
+        if source.is_dir():
+            beside = files.find_companions(path.absolute(), loaded.weight_files, _encoder_of(path.absolute()))
         return cls(loaded.model, path, loaded.external, beside, source.is_dir())
 
     def save(self, target: str | Path, *, external: bool | None = None) -> None:
@@ -154,6 +156,14 @@ class Model:
             outputs=tuple(_spec(v) for v in graph.outputs),
             overridable=tuple(_spec(v) for v in graph.inputs if v.is_initializer()),
         )
+
+
+def _encoder_of(path: Path) -> list[Path]:
+    """The files of the encoder beside a merged decoder, its external data with it."""
+    encoder = path.with_name(files.ENCODER)
+    if path.name != files.MERGED or not encoder.is_file():
+        return []
+    return [encoder, *sorted(loading.load(encoder).weight_files)]
 
 
 def _spec(value: ir.Value) -> TensorSpec:

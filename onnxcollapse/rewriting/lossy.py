@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -62,6 +62,7 @@ class LossyStage:
         provider: Where statistics are computed.
         progress: Told how far the work is.
         opening: Where the first round's prices are kept for runs to other shares.
+        check: Raises ModelError for a model that is not to be kept, whatever its error.
 
     Attributes:
         error: Of the model as it is.
@@ -83,8 +84,10 @@ class LossyStage:
         provider: str = "auto",
         progress: Progress | None = None,
         opening: Opening | None = None,
+        check: Callable[[Model], None] | None = None,
     ) -> None:
         self._model = model
+        self._check = check or (lambda model: None)
         self._opening = opening or Opening()
         self._passes = [item for item in passes if not item.repairs]
         self._repairs = [item for item in passes if item.repairs]
@@ -132,7 +135,7 @@ class LossyStage:
             for proposal in planned[:count]:
                 apply(trial, maker, proposal)
             error = self._verifier.error(trial)
-            if error <= self._budget.cap:
+            if error <= self._budget.cap and self._is_sound(trial):
                 self._model.become(trial)
                 self.error = error
                 self.changed = self._fitter.changed = True
@@ -149,6 +152,14 @@ class LossyStage:
             )
         if not planned:
             self._journal.add(Entry("declined", name, "graph", reason="its own search accepted nothing"))
+
+    def _is_sound(self, trial: Model) -> bool:
+        try:
+            self._check(trial)
+        except ModelError as problem:
+            logger.warning("rolled back: %s", problem)
+            return False
+        return True
 
     def _spent(self) -> bool:
         """Whether what was kept has used up the budget."""
@@ -271,6 +282,7 @@ class LossyStage:
             model, done = self._fitter.realize(start, chosen)
             error = self._verifier.error(model)
             model, error, repaired = self._repair(model, error, chosen)
+            self._check(model)
         except (DataError, MetricError, ModelError) as problem:
             reason = f"together with what was kept before it: {problem}"
             self._failure = _Failure(reason, None, tuple(chosen))

@@ -8,18 +8,28 @@ applied to both. In the end both are put back into the If, and what they read of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from onnxcollapse.calibration import Dataset
 from onnxcollapse.calibration.masks import is_cache_name
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, walk
 from onnxcollapse.model.weights import digest, identity
+from onnxcollapse.rewriting.exact import ExactStage
+from onnxcollapse.rewriting.journal import Journal
+from onnxcollapse.rewriting.passes import Pass
+from onnxcollapse.rewriting.proposal import Saving
 from onnxcollapse.structure.alignment import align
+from onnxcollapse.verification.caching import cache_gap
+
+logger = logging.getLogger(__name__)
 
 _INTEGERS = {ir.DataType.INT32, ir.DataType.INT64}
+_SMALL = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,30 +40,83 @@ class Merged:
         whole: The model.
         lead: The branch without a cache as a model, with the other one as its follower.
         branches: The If's attributes that hold them, the leader's first.
+        data: Data of the whole model, to decode by; None where nothing can be measured.
+        provider: Where it decodes.
+        gap: How far decoding through the cache is from one pass; None where that cannot be measured.
+        tolerance: What of it rounding explains.
     """
 
     whole: Model
     lead: Model
     branches: tuple[str, str]
+    data: Dataset | None
+    provider: str
+    gap: float | None
+    tolerance: float
 
     @classmethod
-    def of(cls, model: Model) -> Merged | None:
-        """Takes a model apart; None where it is no merged decoder."""
+    def of(
+        cls, model: Model, data: Dataset | None = None, provider: str = "auto", tolerance: float = 1e-4
+    ) -> Merged | None:
+        """Takes a model apart; None where it is no merged decoder, or its branches do not compute the same."""
         choice = _choice(model)
         if choice is None:
             return None
         names = [name for name, attribute in choice.attributes.items() if _is_graph(attribute)]
         try:
             parts = {name: _branch(model, name) for name in names}
-        except ModelError:
+        except (ModelError, ValueError) as problem:
+            logger.warning("the branches of '%s' are left as they are: %s", choice.name, problem)
             return None
         cached = {name: any(is_cache_name(v.name or "") for v in parts[name].graph.inputs) for name in names}
         if sorted(cached.values()) != [False, True]:
             return None
+        gap = None if data is None else cache_gap(model, data, provider)
+        if gap is not None and gap > tolerance:
+            logger.warning("the branches of '%s' differ by %.3g: they are left as they are", choice.name, gap)
+            return None
         first, second = sorted(names, key=cached.__getitem__)
         lead, follower = parts[first], parts[second]
         align(follower.graph, lead.graph)
-        return cls(model, replace(lead, followers=(follower,)), (first, second))
+        lead = replace(lead, followers=(follower,))
+        return cls(model, lead, (first, second), data, provider, gap, tolerance)
+
+    def check(self, lead: Model) -> None:
+        """Decodes with what was made of the leader and of its follower.
+
+        Raises:
+            ModelError: They do not fit together, or do not compute the same any more.
+        """
+        if self.gap is None or self.data is None:
+            return
+        gap = cache_gap(self.join(lead), self.data, self.provider)
+        if gap is None or gap > max(self.tolerance, 2 * self.gap):
+            how = "it does not decode any more" if gap is None else f"it is {gap:.3g} from one pass"
+            raise ModelError(f"through its cache {how}")
+
+    def tidy(self, lead: Model, exact: Sequence[Pass], journal: Journal) -> None:
+        """Runs exact passes on the follower, whose graph is its own, and gives it the leader's names again.
+
+        Args:
+            lead: The leader, on which they have run.
+            exact: The passes.
+            journal: Is told what was kept in the follower alone.
+        """
+        known = {(entry.pass_name, entry.site) for entry in journal.of("kept")}
+        before, own = lead.clone(), Journal()
+        for other in lead.followers:
+            ExactStage(other, exact, own, None, self.tolerance).run()
+            align(other.graph, lead.graph)
+        try:
+            self.check(lead)
+        except ModelError as problem:
+            logger.warning("nothing is tidied in the branch with a cache: %s", problem)
+            lead.become(before)
+            return
+        for entry in own.of("kept"):
+            if (entry.pass_name, entry.site) not in known:
+                reason = "; ".join(filter(None, (entry.reason, "in the branch with a cache")))
+                journal.add(replace(entry, reason=reason, saving=Saving()))
 
     def join(self, lead: Model) -> Model:
         """Puts a rewritten leader and its follower back into the If.
@@ -74,10 +137,13 @@ class Merged:
         inputs[:] = [value for value in inputs if value.name in after or value.name not in before]
         left = {value.name for value in lead.graph.outputs}
         kept = [value for value in whole.graph.outputs if value.name in left]
-        outside = _Outside(whole)
+        outside = _Outside(whole, choice)
         for part in parts:
             outside.take_over(part)
-        graphs = dict(zip(self.branches, (outside.inner(part, kept) for part in parts), strict=True))
+        graphs = {
+            name: outside.inner(part, kept, choice.attributes[name].value.name)
+            for name, part in zip(self.branches, parts, strict=True)
+        }
         made = [ir.Attr(name, ir.AttributeType.GRAPH, graphs[name]) for name in choice.attributes]
         _replace(whole, choice, made, kept)
         edit.prune(whole)
@@ -86,7 +152,7 @@ class Merged:
 
 
 def _choice(model: Model) -> ir.Node | None:
-    """The If that makes all outputs, chosen by an input."""
+    """The If that makes all outputs."""
     makers = {value.producer() for value in model.graph.outputs}
     node = next(iter(makers), None)
     if len(makers) != 1 or node is None or (node.domain, node.op_type) != ("", "If"):
@@ -111,12 +177,12 @@ def _branch(model: Model, name: str) -> Model:
         raise ModelError("the model is no merged decoder")
     inner: ir.Graph = choice.attributes[name].value
     _free_names(graph, inner)
-    for value in list(inner.initializers.values()):
-        del inner.initializers[value.name or ""]
-        graph.initializers.add(value)
     outputs, nodes = list(inner.outputs), list(inner)
     inner.outputs.clear()
     inner.remove(nodes)
+    for value in list(inner.initializers.values()):
+        del inner.initializers[value.name or ""]
+        graph.initializers.add(value)
     graph.insert_before(choice, nodes)
     for old, new in zip(list(choice.outputs), outputs, strict=True):
         edit.replace_value(graph, old, new)
@@ -138,7 +204,8 @@ def _free_names(graph: ir.Graph, inner: ir.Graph) -> None:
 def _replace(whole: Model, old: ir.Node, branches: Sequence[ir.Attr], kept: Sequence[ir.Value]) -> None:
     """Puts another If in the place of one; it gives some of the outputs, under the same names."""
     outputs = [edit.like(value) for value in kept]
-    node = ir.Node("", "If", old.inputs, branches, outputs=outputs, name=old.name)
+    node = ir.Node("", "If", old.inputs, branches, outputs=outputs, name=old.name, doc_string=old.doc_string)
+    node.metadata_props.update(old.metadata_props)
     whole.graph.insert_before(old, node)
     for new, value in zip(outputs, kept, strict=True):
         new.name, value.name = value.name, f"{value.name}_before"
@@ -152,16 +219,19 @@ class _Outside:
 
     Args:
         whole: The model; weights are added to it.
+        choice: The If, which will be another.
     """
 
-    def __init__(self, whole: Model) -> None:
+    def __init__(self, whole: Model, choice: ir.Node) -> None:
         self._whole, self._graph = whole, whole.graph
         self._inputs = {value.name: value for value in self._graph.inputs}
-        self._names = edit.names_in(self._graph)
+        self._names: set[str | None] = {
+            value.name for value in walk.values(self._graph) if value.producer() is not choice
+        }
         self._known: dict[Hashable, ir.Value] = {
-            identity(value.const_value): value
+            key: value
             for value in self._graph.initializers.values()
-            if value.const_value is not None
+            if (key := _key(value.const_value)) is not None
         }
 
     def take_over(self, part: Model) -> None:
@@ -176,8 +246,8 @@ class _Outside:
         for domain, version in part.ir.opset_imports.items():
             self._whole.ir.opset_imports.setdefault(domain, version)
 
-    def inner(self, part: Model, kept: Sequence[ir.Value]) -> ir.Graph:
-        """The graph of a branch; takes the nodes of `part`.
+    def inner(self, part: Model, kept: Sequence[ir.Value], name: str | None) -> ir.Graph:
+        """The graph of a branch, of that name; takes the nodes of `part`.
 
         Raises:
             ModelError: It lacks an output.
@@ -191,20 +261,21 @@ class _Outside:
             )
         outputs = [made[value.name] for value in kept]
         graph.outputs.clear()
+        taken = self._names | edit.names_in(graph)
         for value in dict.fromkeys(walk.values(graph)):
-            if value.name in self._names and value not in self._inputs.values():
-                value.name = edit.free_name(f"{value.name}_inner", self._names)
+            if value.name in self._names and not value.is_graph_input():
+                value.name = edit.free_name(f"{value.name}_inner", taken)
         nodes, constants = list(graph), list(graph.initializers.values())
         graph.remove(nodes)
         graph.initializers.clear()
-        return ir.Graph((), outputs, nodes=nodes, initializers=constants, name=graph.name)
+        return ir.Graph((), outputs, nodes=nodes, initializers=constants, name=name)
 
     def _shared(self, value: ir.Value) -> ir.Value:
         """The weight as it lies outside, once."""
         tensor = value.const_value
         if tensor is None:
             raise ModelError(f"weight '{value.name}' has no tensor")
-        key: Hashable = identity(tensor)
+        key = _key(tensor)
         if key not in self._known:
             key = digest(tensor)
         if key not in self._known:
@@ -234,5 +305,11 @@ def _own_outputs(part: Model) -> None:
 def _stays(value: ir.Value) -> bool:
     """Whether a constant lies in its branch: those that shapes are made of, which ONNX Runtime wants there."""
     tensor = value.const_value
-    rank = 0 if tensor is None else len(tensor.shape)
-    return rank == 0 or (rank == 1 and value.dtype in _INTEGERS)
+    if tensor is None or len(tensor.shape) == 0:
+        return True
+    return len(tensor.shape) == 1 and tensor.dtype in _INTEGERS and tensor.size <= _SMALL
+
+
+def _key(tensor: ir.TensorProtocol | None) -> Hashable:
+    """Equal for tensors that are stored once and are the same; None for none."""
+    return None if tensor is None else (identity(tensor), tensor.dtype, tuple(tensor.shape.numpy()))

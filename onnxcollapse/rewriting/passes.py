@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnxcollapse.calibration.statistics import Request, Statistics
 from onnxcollapse.errors import ModelError, OnnxCollapseError, OptionError
 from onnxcollapse.model import Model, edit
+from onnxcollapse.model.weights import equal
 from onnxcollapse.rewriting.proposal import Decline, Proposal, Site
 
 logger = logging.getLogger(__name__)
@@ -129,27 +130,18 @@ class Pass(abc.ABC):
 
         They are rewritten back to front: what a site holds of the graph before it, its input above all, is then
         still there, and what reads its output is told when the output is replaced. What follows the model is rewritten
-        in the same way; an exact pass says anew what keeps the function there.
+        in the same way, but for exact rewrites, which each graph is free to have or not.
 
         Raises:
             ModelError: A site is not there any more, because another rewrite consumed it, or the pass fails.
         """
         along = [
             (other, [p for p in proposals if _concerns(other, site_of(self, model, p.site))])
-            for other in model.followers
+            for other in (() if self.exact else model.followers)
         ]
         self._apply(model, proposals)
         for other, found in along:
-            self._apply(other, [self._again(other, p) for p in found] if self.exact else found)
-
-    def _again(self, model: Model, proposal: Proposal) -> Proposal:
-        """What an exact pass proposes for the same site of another model."""
-        for offer in offers_of(self, site_of(self, model, proposal.site), None):
-            if isinstance(offer, Proposal) and offer.variant == proposal.variant:
-                return offer
-        raise ModelError(
-            f"{self.name}: site '{proposal.site}' stays in the branch with a cache, so it stays here"
-        )
+            self._apply(other, found)
 
     def _apply(self, model: Model, proposals: Sequence[Proposal]) -> None:
         found = {proposal.site: site_of(self, model, proposal.site) for proposal in proposals}
@@ -201,7 +193,7 @@ def sites_of(item: Pass, model: Model) -> list[Site | Decline]:
     """
     with blamed(item, model):
         found = list(item.sites(model))
-        for other in model.followers:
+        for other in () if item.exact else model.followers:
             names = {site.name for site in item.sites(other) if not isinstance(site, Decline)}
             found = [
                 site
@@ -219,8 +211,16 @@ def _concerns(follower: Model, site: Site) -> bool:
     and values the branch with a cache is given.
     """
     read = {value for node in site.nodes for value in node.inputs if value is not None}
-    weights = {value.name for value in read if value.is_initializer()}
-    return not weights or not weights.isdisjoint(follower.graph.initializers)
+    weights = [value for value in read if value.is_initializer()]
+    return not weights or any(_has(follower, weight) for weight in weights)
+
+
+def _has(model: Model, weight: ir.Value) -> bool:
+    """Whether a model reads a weight of that name or one that is equal."""
+    tensor, held = weight.const_value, model.graph.initializers
+    if weight.name in held or tensor is None:
+        return True
+    return any(v.const_value is not None and equal(v.const_value, tensor) for v in held.values())
 
 
 def site_of(item: Pass, model: Model, name: str) -> Any:

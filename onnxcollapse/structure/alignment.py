@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcollapse.model import edit, walk
@@ -87,7 +86,7 @@ class _Alignment:
         return found
 
     def _digest(self, tensor: ir.TensorProtocol) -> str:
-        key = identity(tensor)
+        key = identity(tensor), tensor.dtype, tuple(tensor.shape.numpy())
         if key not in self._digests:
             self._digests[key] = digest(tensor)
         return self._digests[key]
@@ -155,5 +154,7 @@ def _kind(node: ir.Node) -> Hashable:
 def _plain(attribute: ir.Attr) -> str:
     value = attribute.value
     if attribute.type == ir.AttributeType.TENSOR:
-        return str(np.asarray(value.numpy()).tolist())
+        return digest(value)
+    if attribute.type == ir.AttributeType.GRAPH:
+        return " ".join(node.op_type for node in value)
     return str(value)

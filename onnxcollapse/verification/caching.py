@@ -29,7 +29,7 @@ def cache_gap(model: Model, data: Dataset, provider: str = "auto") -> float | No
         provider: See open_session.
 
     Returns:
-        Relative L2; None where the model or the data does not decode: a cache has no partner, or there is one token.
+        Relative L2; None where the model does not decode: a cache has no partner.
 
     Raises:
         ModelError: The model cannot run.
@@ -40,9 +40,11 @@ def cache_gap(model: Model, data: Dataset, provider: str = "auto") -> float | No
     name = filling.tokens_name(signature)
     pairs = cache_pairs(inputs, outputs) if any(map(is_cache_name, (*inputs, *outputs))) else {}
     batch = next(data.batches("heldout", SAMPLES))
-    if name is None or pairs is None or name not in batch or batch[name].shape[1] < 2:
+    if name is None or pairs is None or name not in batch:
         return None
     tokens = batch[name][:SAMPLES]
+    if tokens.shape[1] < 2:
+        tokens = np.repeat(tokens, 2, axis=1)
     given = {
         key: array[: len(tokens)]
         for key, array in batch.items()

@@ -15,6 +15,8 @@ from onnxcollapse.bench.inputs import make
 from onnxcollapse.calibration.sessions import open_file
 from onnxcollapse.errors import ModelError, OptionError, ProviderError
 from onnxcollapse.model import Model
+from tests.passes.crossed import crossed
+from tests.passes.merging import merged
 from tests.support import Net, mlp, outputs, rows
 from tests.verification.decoders import decoder
 
@@ -89,6 +91,13 @@ def test_sessions_are_opened_anew_and_take_turns_at_being_first(saved, monkeypat
     found = bench(models, settings=quick(rounds=6, openings=3))
     assert ("".join(opened), found.settings["openings"]) == ("ab", 1)
     assert {one.rounds for one in found.latencies} == {6}
+
+
+def test_a_merged_decoder_keeps_its_encoder_caches_from_step_to_step(saved):
+    """It gives them empty once it has them; as long as the mask they would not be then."""
+    model = saved(merged(crossed(2, caching="given"), crossed(2, caching="taken")), "merged.onnx")
+    found = bench([model], [Sizes(2, 6, {"encoder_length": 5})], settings=QUICK)
+    assert [one.phase for one in found.latencies] == ["prefill", "decode"]
 
 
 def test_a_decoder_is_timed_over_its_prompt_and_token_by_token(saved):

@@ -421,12 +421,7 @@ def test_a_folder_takes_the_encoder_along(tmp_path):
     result = optimize(model, data(model), budget=Budget(0.2), passes=[item], provider="cpu")
     result.model.save(tmp_path / "out")
     out = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert out == [
-        "config.json",
-        "decoder_model_merged.onnx",
-        "encoder_model.onnx",
-        "encoder_model.onnx_data",
-    ]
+    assert out == ["config.json", "decoder_model_merged.onnx", "encoder.bin", "encoder_model.onnx"]
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"num_decoder_layers": 2}
     assert (tmp_path / "out" / "encoder_model.onnx").read_bytes() == (
         source / "encoder_model.onnx"

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""unflatten-linear: a Linear on flattened tokens becomes one on tokens; the function stays but for rounding.
+
+::
+
+    x [B, S, d] -- Reshape [-1, d] -- Gemm W, b -- Reshape [B, S, h] -- y      becomes      x -- MatMul W -- Add b -- y
+
+So exporters write torch's `addmm`, which the Conv1D of GPT-2 and its like is made of. Behind it blocks have their usual
+form, and the nodes that compute both shapes have nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcollapse.calibration.statistics import Statistics
+from onnxcollapse.errors import ModelError
+from onnxcollapse.model import Model, edit
+from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
+from onnxcollapse.structure import folded
+from onnxcollapse.structure.sizes import Axis, ShapeReader, inferred
+
+
+@dataclass(frozen=True, eq=False)
+class Flattened:
+    """A Gemm between two Reshapes.
+
+    Attributes:
+        first: The Reshape before it.
+        gemm: The Gemm.
+        last: The Reshape behind it.
+    """
+
+    first: ir.Node
+    gemm: ir.Node
+    last: ir.Node
+
+    @property
+    def name(self) -> str:
+        """What it computes."""
+        return self.last.outputs[0].name or ""
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """Those that go; the first Reshape may have other readers."""
+        return self.gemm, self.last
+
+
+@dataclass(frozen=True)
+class UnflattenLinear(Pass):
+    """Lets Linears read tokens as they are where both Reshapes around them only flatten these and undo it."""
+
+    name: ClassVar[str] = "unflatten-linear"
+
+    @property
+    def exact(self) -> bool:
+        """Each token is multiplied by the same weights."""
+        return True
+
+    def sites(self, model: Model) -> Iterator[Flattened | Decline]:
+        """Finds Gemms between Reshapes, and reads from their shapes what they do."""
+        found = [site for node in model.graph if (site := _flattened(node)) is not None]
+        if not found:
+            return
+        reader = ShapeReader(inferred(model))
+        for site in found:
+            reason = _objection(site, reader)
+            yield site if reason is None else Decline(site.name, reason)
+
+    def propose(self, site: Flattened, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
+        """Proposes to do without the Reshapes."""
+        yield Proposal(site.name, detail="reads tokens as they are", saving=Saving(nodes=1))
+
+    def rewrite(self, model: Model, site: Flattened, proposal: Proposal) -> None:
+        """Multiplies the tokens themselves."""
+        source, output = site.first.inputs[0], site.last.outputs[0]
+        weight, *rest = site.gemm.inputs[1:]
+        nodes = [
+            ir.Node("", "MatMul", [source, _upright(model, site.gemm, weight)], outputs=[edit.like(output)])
+        ]
+        bias = rest[0] if rest else None
+        if bias is not None:
+            nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias], outputs=[edit.like(output)]))
+        for node in nodes:
+            node.name = f"{output.name}_{node.op_type}"
+        edit.insert_before(model.graph, site.gemm, nodes)
+        edit.substitute(model, output, nodes[-1].outputs[0])
+
+
+def _upright(model: Model, gemm: ir.Node, weight: ir.Value | None) -> ir.Value | None:
+    """The weight as [in, out]."""
+    if not _number(gemm, "transB", 0):
+        return weight
+    known = folded(weight)
+    if known is None or weight is None:
+        raise ModelError("the weight of a transposed Gemm is no constant")
+    return edit.add_initializer(model.graph, f"{weight.name}_transposed", known.load().T, known.dtype)
+
+
+def _flattened(node: ir.Node) -> Flattened | None:
+    """The Gemm that a node is, where it lies between two Reshapes of which nobody else reads the second's input."""
+    if (node.domain, node.op_type) != ("", "Gemm") or node.inputs[0] is None:
+        return None
+    first, [output] = node.inputs[0].producer(), node.outputs
+    uses = output.uses()
+    if first is None or len(uses) != 1 or output.is_graph_output():
+        return None
+    [(last, place)] = uses
+    pair = {(one.domain, one.op_type) for one in (first, last)}
+    return Flattened(first, node, last) if pair == {("", "Reshape")} and place == 0 else None
+
+
+def _objection(site: Flattened, reader: ShapeReader) -> str | None:
+    """Why a Gemm has to read flattened tokens, or None."""
+    gemm, source = site.gemm, site.first.inputs[0]
+    plain = _number(gemm, "alpha", 1.0) == _number(gemm, "beta", 1.0) == 1.0 and not _number(
+        gemm, "transA", 0
+    )
+    weight, *rest = gemm.inputs[1:]
+    known = folded(weight)
+    if not plain or known is None or (rest and rest[0] is not None and folded(rest[0]) is None):
+        return "its Gemm has factors, or weights that are no constants"
+    transposed = bool(_number(gemm, "transB", 0))
+    if transposed and weight is not None and len(weight.uses()) > 1:
+        return f"others read '{weight.name}' as it is, too, which would be stored twice"
+    d_in, d_out = known.shape[::-1] if transposed else known.shape
+    shape = None if source is None else reader.shape(source)
+    if source is None or shape is None:
+        return "the rank of what is flattened cannot be inferred"
+    flat, whole = reader.read(site.first.inputs[1]), reader.read(site.last.inputs[1])
+    end = Axis(source, len(shape) - 1)
+    if flat is None or len(flat) != 2 or flat[0] != -1 or flat[1] not in (d_in, end) or _zero(flat):
+        return "the Reshape before it does not flatten the leading axes alone"
+    if shape[-1] not in (None, d_in) or (shape[-1] is None and flat[1] != end):
+        return "the last axis of what is flattened is not known to be the Linear's input"
+    before = [Axis(source, axis) if size is None else size for axis, size in enumerate(shape[:-1])]
+    if whole is None or len(whole) != len(shape) or _zero(whole) or not _restores(whole, before, d_out):
+        return "the Reshape behind it does not restore the leading axes"
+    return None
+
+
+def _restores(whole: Sequence[object], before: Sequence[object], d_out: int) -> bool:
+    """Whether a shape is the leading axes and the output's; one of them may be left to be counted."""
+    wrong = [size for size, wanted in zip(whole, [*before, d_out], strict=True) if size != wanted]
+    return not wrong or wrong == [-1]
+
+
+def _zero(dims: Sequence[object]) -> bool:
+    """Whether a 0 is among the sizes, which means an axis of the input, or none at all."""
+    return 0 in dims
+
+
+def _number(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(np.asarray(attribute.value))

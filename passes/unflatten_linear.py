@@ -122,9 +122,11 @@ def _objection(site: Flattened, reader: ShapeReader) -> str | None:
         gemm, "transA", 0
     )
     weight, *rest = gemm.inputs[1:]
-    known = folded(weight)
-    if not plain or known is None or (rest and rest[0] is not None and folded(rest[0]) is None):
+    known, bias = folded(weight), folded(rest[0]) if rest and rest[0] is not None else None
+    if not plain or known is None or (rest and rest[0] is not None and bias is None):
         return "its Gemm has factors, or weights that are no constants"
+    if bias is not None and any(size != 1 for size in bias.shape[:-1]):
+        return "its bias is another one for each flattened token"
     transposed = bool(_number(gemm, "transB", 0))
     if transposed and weight is not None and len(weight.uses()) > 1:
         return f"others read '{weight.name}' as it is, too, which would be stored twice"

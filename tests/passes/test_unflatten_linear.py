@@ -163,6 +163,27 @@ def test_a_transposed_weight_that_others_read_is_declined():
     assert isinstance(found, Decline) and "stored twice" in found.reason
 
 
+@pytest.mark.parametrize(
+    "shape, taken", [((1, WIDTH), True), ((), True), ((1,), True), ((10, WIDTH), False), ((10, 1), False)]
+)
+def test_a_bias_of_each_token_is_declined(shape, taken):
+    net = Flat(5)
+    flat = net.op("Reshape", "x", net.numbers(-1, WIDTH))
+    made = net.op(
+        "Gemm",
+        flat,
+        net.const(net.random.normal(size=(WIDTH, WIDTH))),
+        net.const(net.random.normal(size=shape)),
+    )
+    net.op("Reshape", made, net.numbers(2, 5, WIDTH), name="y")
+    model = net.made((2, 5, WIDTH), (2, 5, WIDTH))
+    (found,) = UnflattenLinear().sites(model)
+    assert isinstance(found, Decline) != taken
+    result = optimize(model, passes=[UnflattenLinear()])
+    x = feed(2, 5, WIDTH)
+    np.testing.assert_allclose(outputs(result.model, x=x)["y"], outputs(model, x=x)["y"], atol=1e-5)
+
+
 def test_what_is_read_flat_as_well_stays():
     net = Flat(4)
     made = net.gemm(net.op("Reshape", "x", net.numbers(-1, WIDTH)), WIDTH, WIDTH)

@@ -136,12 +136,12 @@ def _objection(site: Flattened, reader: ShapeReader) -> str | None:
         return "the rank of what is flattened cannot be inferred"
     flat, whole = reader.read(site.first.inputs[1]), reader.read(site.last.inputs[1])
     end = Axis(source, len(shape) - 1)
-    if flat is None or len(flat) != 2 or flat[0] != -1 or flat[1] not in (d_in, end) or _zero(flat):
+    if flat is None or len(flat) != 2 or flat[0] != -1 or flat[1] not in (d_in, end) or 0 in flat:
         return "the Reshape before it does not flatten the leading axes alone"
     if shape[-1] not in (None, d_in) or (shape[-1] is None and flat[1] != end):
         return "the last axis of what is flattened is not known to be the Linear's input"
     before = [Axis(source, axis) if size is None else size for axis, size in enumerate(shape[:-1])]
-    if whole is None or len(whole) != len(shape) or _zero(whole) or not _restores(whole, before, d_out):
+    if whole is None or len(whole) != len(shape) or 0 in whole or not _restores(whole, before, d_out):
         return "the Reshape behind it does not restore the leading axes"
     return None
 
@@ -150,11 +150,6 @@ def _restores(whole: Sequence[object], before: Sequence[object], d_out: int) -> 
     """Whether a shape is the leading axes and the output's; one of them may be left to be counted."""
     wrong = [size for size, wanted in zip(whole, [*before, d_out], strict=True) if size != wanted]
     return not wrong or wrong == [-1]
-
-
-def _zero(dims: Sequence[object]) -> bool:
-    """Whether a 0 is among the sizes, which means an axis of the input, or none at all."""
-    return 0 in dims
 
 
 def _number(node: ir.Node, name: str, default: float) -> float:

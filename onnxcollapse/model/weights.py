@@ -59,6 +59,11 @@ def identity(tensor: ir.TensorProtocol) -> Hashable:
     return id(tensor)
 
 
+def key(tensor: ir.TensorProtocol) -> Hashable:
+    """Equal for tensors that are stored once and read in the same way: of one type and shape."""
+    return identity(tensor), tensor.dtype, tuple(tensor.shape.numpy())
+
+
 def digest(tensor: ir.TensorProtocol) -> str:
     """SHA-256 over data type, shape and bytes."""
     sha = hashlib.sha256(f"{tensor.dtype.name}{tuple(tensor.shape.numpy())}".encode())

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnxcollapse.calibration import Dataset
 from onnxcollapse.calibration.masks import is_cache_name
 from onnxcollapse.errors import ModelError
-from onnxcollapse.model import Model, edit, walk
-from onnxcollapse.model.weights import digest, identity
+from onnxcollapse.model import Model, edit, walk, weights
+from onnxcollapse.model.weights import digest
 from onnxcollapse.rewriting.exact import ExactStage
 from onnxcollapse.rewriting.journal import Journal
 from onnxcollapse.rewriting.passes import Pass
@@ -229,9 +229,9 @@ class _Outside:
             value.name for value in walk.values(self._graph) if value.producer() is not choice
         }
         self._known: dict[Hashable, ir.Value] = {
-            key: value
+            weights.key(value.const_value): value
             for value in self._graph.initializers.values()
-            if (key := _key(value.const_value)) is not None
+            if value.const_value is not None
         }
 
     def take_over(self, part: Model) -> None:
@@ -275,7 +275,7 @@ class _Outside:
         tensor = value.const_value
         if tensor is None:
             raise ModelError(f"weight '{value.name}' has no tensor")
-        key = _key(tensor)
+        key = weights.key(tensor)
         if key not in self._known:
             key = digest(tensor)
         if key not in self._known:
@@ -308,8 +308,3 @@ def _stays(value: ir.Value) -> bool:
     if tensor is None or len(tensor.shape) == 0:
         return True
     return len(tensor.shape) == 1 and tensor.dtype in _INTEGERS and tensor.size <= _SMALL
-
-
-def _key(tensor: ir.TensorProtocol | None) -> Hashable:
-    """Equal for tensors that are stored once and are the same; None for none."""
-    return None if tensor is None else (identity(tensor), tensor.dtype, tuple(tensor.shape.numpy()))

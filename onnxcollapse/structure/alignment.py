@@ -14,10 +14,10 @@ from collections.abc import Hashable, Iterator
 import onnx_ir as ir
 
 from onnxcollapse.model import edit, walk
-from onnxcollapse.model.weights import digest, identity
+from onnxcollapse.model.weights import digest, key
 
 
-def align(graph: ir.Graph, like: ir.Graph) -> int:
+def align(graph: ir.Graph, like: ir.Graph) -> None:
     """Gives tensors of a graph the names that those which correspond to them have in another; others get free ones.
 
     Inputs and outputs keep their names. Names then mean the same in both.
@@ -25,9 +25,6 @@ def align(graph: ir.Graph, like: ir.Graph) -> int:
     Args:
         graph: Its tensors are renamed.
         like: Another graph of the same layers.
-
-    Returns:
-        How many tensors correspond.
     """
     partners = _Alignment(graph, like).partners
     fixed = dict.fromkeys((*graph.inputs, *graph.outputs))
@@ -44,7 +41,6 @@ def align(graph: ir.Graph, like: ir.Graph) -> int:
         value.name = f"{value.name} {number}"
     for value, name in zip(moved, names, strict=True):
         value.name = name
-    return len(partners)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -66,9 +62,9 @@ class _Alignment:
             for value in ours:
                 self._pair(value, named.get(value.name))
         kinds, known = self._by_weights(graph), self._by_weights(like)
-        for key, nodes in kinds.items():
-            if len(nodes) == len(known.get(key, ())):
-                for node, partner in zip(nodes, known[key], strict=True):
+        for kind, nodes in kinds.items():
+            if len(nodes) == len(known.get(kind, ())):
+                for node, partner in zip(nodes, known[kind], strict=True):
                     self._pair_nodes(node, partner)
         self._grow()
 
@@ -86,10 +82,10 @@ class _Alignment:
         return found
 
     def _digest(self, tensor: ir.TensorProtocol) -> str:
-        key = identity(tensor), tensor.dtype, tuple(tensor.shape.numpy())
-        if key not in self._digests:
-            self._digests[key] = digest(tensor)
-        return self._digests[key]
+        stored = key(tensor)
+        if stored not in self._digests:
+            self._digests[stored] = digest(tensor)
+        return self._digests[stored]
 
     def _grow(self) -> None:
         """What lies behind is surer than what lies before, where caches come in."""
@@ -99,14 +95,14 @@ class _Alignment:
             else:
                 value = self._backward.popleft()
                 made, partner = value.producer(), self.partners[value].producer()
-                if made is not None and partner is not None and _alike(made, partner):
+                if made is not None and partner is not None and _kind(made) == _kind(partner):
                     self._pair_nodes(made, partner)
 
     def _pair_reader(self, value: ir.Value) -> None:
         """Pairs nodes that read two partners, where each is the only one of its kind to do so."""
         ours, theirs = _readers(value), _readers(self.partners[value])
-        for key, nodes in ours.items():
-            others = theirs.get(key, [])
+        for kind, nodes in ours.items():
+            others = theirs.get(kind, [])
             if len(nodes) == len(others) == 1:
                 for output, partner in zip(nodes[0].outputs, others[0].outputs, strict=False):
                     self._pair(output, partner)
@@ -139,10 +135,6 @@ def _readers(value: ir.Value) -> dict[Hashable, list[ir.Node]]:
     for node, place in value.uses():
         found[_kind(node), place].append(node)
     return found
-
-
-def _alike(node: ir.Node, other: ir.Node) -> bool:
-    return _kind(node) == _kind(other)
 
 
 def _kind(node: ir.Node) -> Hashable:

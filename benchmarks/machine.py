@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ _PACKAGES = ("onnxcollapse", "onnx", "onnx-ir", "onnxruntime-gpu", "numpy", "sci
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory and the versions that matter."""
+    """Processor, cores, memory, the GPU where there is one, and the versions that matter."""
     return {
         "processor": _processor(),
+        **({} if (gpu := _gpu()) is None else {"gpu": gpu}),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.system(),
@@ -35,6 +38,16 @@ def _processor() -> str:
         if names:
             return names[0]
     return platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    """The first GPU's name and driver, as nvidia-smi tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return next(iter(done.stdout.strip().splitlines()), None) if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

@@ -41,11 +41,13 @@ class Case:
         feeds: Arrays for every input.
         batch: Samples.
         sequence: Tokens of each; None where there is no sequence.
+        symbols: What free dimensions are, by symbol.
     """
 
     feeds: dict[str, np.ndarray]
     batch: int
     sequence: int | None
+    symbols: dict[str, int] = field(default_factory=dict)
 
 
 def make(
@@ -70,7 +72,14 @@ def make(
         _draw(model, signature, sizes, seed) if data is None else _read(model, signature, sizes, data, seed)
     )
     spec = _sequence_spec(signature)
-    return Case(feeds, batch_rows(feeds), None if spec is None else feeds[spec.name].shape[1])
+    symbols = {
+        dim: size
+        for one in signature.inputs
+        if one.name in feeds
+        for dim, size in zip(one.shape or (), feeds[one.name].shape, strict=False)
+        if isinstance(dim, str)
+    }
+    return Case(feeds, batch_rows(feeds), None if spec is None else feeds[spec.name].shape[1], symbols)
 
 
 @contextlib.contextmanager

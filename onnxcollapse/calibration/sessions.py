@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,17 +160,16 @@ class Session:
         self._handle.run_with_iobinding(binding)
         return dict(zip(self.outputs, binding.get_outputs(), strict=True))
 
-    def captured(self, feeds: Mapping[str, np.ndarray], number: int) -> Callable[[], object]:
+    def captured(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """As `prepared`, but what runs is a CUDA graph; the session has `enable_cuda_graph=1`.
 
         A graph replays addresses: inputs and outputs stay in the buffers that a first run, which is not captured, has
-        been given.
+        been given. A session has one graph, of one size.
 
         Args:
             feeds: Arrays by input name.
-            number: Of the graph: shapes differ from one to another.
         """
-        handle, (plain, graph) = self._handle, (_graph_options(number) for number in (-1, number))
+        handle, (plain, graph) = self._handle, map(_graph_options, (-1, 1))
         binding = handle.io_binding()
         for name, value in self.put(self._wanted(feeds)).items():
             binding.bind_ortvalue_input(name, value)
@@ -299,13 +299,19 @@ def _opened(
     return Session(handle, Provider(provider, obtained, options), handover, states)
 
 
-def open_file(path: Path, provider: str = "auto", threads: int | None = None) -> Session:
+def open_file(
+    path: Path,
+    provider: str = "auto",
+    threads: int | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> Session:
     """Opens a session on a file as it is, with ONNX Runtime's own defaults: what a deployment does.
 
     Args:
         path: The .onnx file.
         provider: See open_session.
         threads: Threads that share one operator; None for what ONNX Runtime chooses.
+        sizes: Free dimensions to fix, by symbol: what follows from shapes is then constant.
 
     Raises:
         ProviderError, OptionError, ModelError: See open_session.
@@ -314,6 +320,8 @@ def open_file(path: Path, provider: str = "auto", threads: int | None = None) ->
     def options() -> SessionOptions:
         made = providers.runtime().SessionOptions()
         made.intra_op_num_threads = threads or 0
+        for symbol, size in sizes.items():
+            made.add_free_dimension_override_by_name(symbol, size)
         return made
 
     names = providers.chain(provider)

@@ -191,8 +191,14 @@ def test_a_graph_is_captured_once_a_size_and_not_of_a_growing_cache(saved, monke
     monkeypatch.setattr(
         MODULE, "_provider", lambda settings: "cpu"
     )  # which takes the option and captures nothing
+    fixed, opened = [], MODULE.open_file
+    monkeypatch.setattr(MODULE, "open_file", lambda *args: fixed.append(args[-1]) or opened(*args))
     found = bench([saved(mlp([8, 4, 8]))], [Sizes(1), Sizes(4)], settings=quick(cuda_graph=True))
     assert [one.batch for one in found.latencies] == [1, 4]
+    assert [one.rounds for one in found.latencies] == [4, 4]
+    assert fixed == [{"n": 1}, {"n": 4}] * 2, "for each opening a session of each size"
+    bench([saved(mlp([8, 4, 8]))], [Sizes(1), Sizes(4)], settings=QUICK)
+    assert fixed[4:] == [{}] * 2
     with pytest.raises(OptionError, match=r"--cuda-graph: .*has a KV cache"):
         bench([saved(decoder())], [Sizes(1, 4)], settings=quick(cuda_graph=True))
 

@@ -14,6 +14,7 @@ import pytest
 
 from onnxcollapse.calibration import Provider, available_providers, open_session, providers
 from onnxcollapse.calibration.handover import hand_over
+from onnxcollapse.calibration.sessions import open_file
 from onnxcollapse.errors import DataError, ModelError, ProviderError
 from onnxcollapse.model.model import Model
 
@@ -42,6 +43,14 @@ def test_inner_values_as_outputs(mlp):
     np.testing.assert_array_equal(got["a"], np.maximum(got["z"], 0))
     with pytest.raises(ModelError, match="'nothing' is not in the main graph"):
         run(mlp(), ["nothing"], x=X)
+
+
+def test_sizes_fix_free_dimensions(mlp, tmp_path):
+    mlp().save(tmp_path / "model.onnx")
+    with open_file(tmp_path / "model.onnx", "cpu", sizes={"N": 3, "elsewhere": 7}) as session:
+        assert session.run({"x": np.ones((3, 20), np.float32)})["y"].shape == (3, 5)
+        with pytest.raises(ModelError, match=r"cannot run a batch of x \(2, 20\)"):
+            session.run({"x": np.ones((2, 20), np.float32)})
 
 
 def test_large_weights_stay_out_of_the_skeleton(mlp):

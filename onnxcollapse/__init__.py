@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnxcollapse.calibration import open_data
     from onnxcollapse.model import Model
     from onnxcollapse.rewriting import Budget, Decline, Pass, Proposal, Saving, Target
+    from onnxcollapse.rewriting.analysis import Analysis, analyze
     from onnxcollapse.rewriting.frontier import frontier
     from onnxcollapse.rewriting.pipeline import Result, optimize
     from onnxcollapse.verification import compare
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
+    "Analysis": "onnxcollapse.rewriting.analysis",
     "Budget": "onnxcollapse.rewriting",
     "Decline": "onnxcollapse.rewriting",
     "Model": "onnxcollapse.model",
@@ -36,6 +38,7 @@ _HOMES = {
     "Result": "onnxcollapse.rewriting.pipeline",
     "Saving": "onnxcollapse.rewriting",
     "Target": "onnxcollapse.rewriting",
+    "analyze": "onnxcollapse.rewriting.analysis",
     "compare": "onnxcollapse.verification",
     "frontier": "onnxcollapse.rewriting.frontier",
     "open_data": "onnxcollapse.calibration",
@@ -43,6 +46,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Analysis",
     "Budget",
     "Decline",
     "Model",
@@ -52,6 +56,7 @@ __all__ = [
     "Result",
     "Saving",
     "Target",
+    "analyze",
     "compare",
     "frontier",
     "open_data",

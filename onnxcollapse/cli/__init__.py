@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from onnxcollapse.cli.analyze import analyze
 from onnxcollapse.cli.bench import bench
 from onnxcollapse.cli.compare import compare
 from onnxcollapse.cli.console import Group
@@ -24,7 +25,7 @@ def main() -> None:
     """
 
 
-for command in (optimize, sweep, compare, bench, export, passes, doctor):
+for command in (optimize, sweep, analyze, compare, bench, export, passes, doctor):
     main.add_command(command)
 
 __all__ = ["main"]

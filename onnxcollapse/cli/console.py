@@ -19,6 +19,8 @@ from onnxcollapse.errors import OnnxCollapseError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from onnxcollapse.rewriting.journal import Entry
+
 
 class Group(click.Group):
     """Turns what the user can mend into one line on stderr and an exit status, never into a traceback."""
@@ -105,6 +107,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     console().print(made)
+
+
+def grouped(left: Sequence[Entry]) -> list[tuple[str, str, str, str]]:
+    """One row for all variants of a site that were left for the same reason; the journal has each."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for e in left:
+        groups.setdefault((e.pass_name, e.site, e.outcome, e.reason), []).append(e.variant)
+    return [
+        (
+            name,
+            site + (f" ({len(variants)} variants)" if len(variants) > 1 else f" {variants[0]}".rstrip()),
+            outcome,
+            why,
+        )
+        for (name, site, outcome, why), variants in groups.items()
+    ]
 
 
 def _is_number(cell: object) -> bool:

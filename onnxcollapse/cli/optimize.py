@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcollapse.cli import destinations, options
-from onnxcollapse.cli.console import Bars, console, fail, print_json, set_up_logging, table, user_code
+from onnxcollapse.cli.console import (
+    Bars,
+    console,
+    fail,
+    grouped,
+    print_json,
+    set_up_logging,
+    table,
+    user_code,
+)
 from onnxcollapse.errors import OptionError
 
 if TYPE_CHECKING:
     from onnxcollapse.rewriting.budget import Budget
-    from onnxcollapse.rewriting.journal import Entry
     from onnxcollapse.rewriting.pipeline import Result
 
 
@@ -174,25 +182,9 @@ def _show(result: Result, summary: dict[str, Any]) -> None:
         table(
             "\nLeft as it was",
             ("pass", "site", "outcome", "why"),
-            _grouped(left),
+            grouped(left),
         )
     _show_end(result, summary)
-
-
-def _grouped(left: Sequence[Entry]) -> list[tuple[str, str, str, str]]:
-    """One row for all variants of a site that were left for the same reason; the journal has each."""
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
-    for e in left:
-        groups.setdefault((e.pass_name, e.site, e.outcome, e.reason), []).append(e.variant)
-    return [
-        (
-            name,
-            site + (f" ({len(variants)} variants)" if len(variants) > 1 else f" {variants[0]}".rstrip()),
-            outcome,
-            why,
-        )
-        for (name, site, outcome, why), variants in groups.items()
-    ]
 
 
 def _show_end(result: Result, summary: dict[str, Any]) -> None:

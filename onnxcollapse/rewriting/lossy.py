@@ -123,6 +123,10 @@ class LossyStage:
             self._note(candidate, "declined", self._why_passed_over(candidate))
         self._note_idle_repairs()
 
+    def look(self) -> list[Candidate]:
+        """What the passes offer for the model as it is, priced; nothing is applied."""
+        return self._first(self._model.clone())
+
     def _follow(self, maker: Pass) -> None:
         """Applies what a pass has found by a search of its own, as much of it as the budget allows."""
         with blamed(maker):

@@ -3,26 +3,20 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx_ir as ir
-
-from onnxcollapse.calibration import Dataset, Plan, plan
+from onnxcollapse.calibration import Dataset
 from onnxcollapse.calibration.providers import chain, options_of
 from onnxcollapse.errors import BudgetNotMetError
-from onnxcollapse.model import Model, Size, flops, provenance, size, walk
+from onnxcollapse.model import Model, Size, flops, provenance, size
 from onnxcollapse.rewriting.budget import Budget, Target
-from onnxcollapse.rewriting.exact import ExactStage
-from onnxcollapse.rewriting.extents import LATENCY, Extents
+from onnxcollapse.rewriting.extents import LATENCY
+from onnxcollapse.rewriting.ground import Ground
 from onnxcollapse.rewriting.journal import Entry, Journal
-from onnxcollapse.rewriting.lossy import LossyStage
-from onnxcollapse.rewriting.merged import Merged
 from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
@@ -31,8 +25,6 @@ from onnxcollapse.rewriting.settling import settle
 from onnxcollapse.rewriting.storage import shared_weights
 from onnxcollapse.rewriting.transaction import extent
 from onnxcollapse.verification import Verifier
-
-logger = logging.getLogger(__name__)
 
 UNMEASURED = "there is no data, or the model cannot be told to decode"
 NEEDS_DATA = "needs calibration data: give --calib to have its effect predicted and measured"
@@ -124,30 +116,6 @@ class Result:
         }
 
 
-def _tolerance(model: Model) -> float:
-    """Returns the error at the outputs that reassociated arithmetic alone explains in the model's narrowest type."""
-    narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    return 1e-2 if any(tensor.dtype in narrow for tensor in walk.tensors(model.ir)) else 1e-4
-
-
-def _exactness(
-    model: Model, verifier: Verifier | None, beside: Verifier | None = None
-) -> Callable[[Model], float] | None:
-    """Returns what measures exact rewrites: relative L2 where an output is a float, whatever the budget's metric.
-
-    Args:
-        model: What they are to keep the function of.
-        verifier: Measures against it; None without data.
-        beside: Measures what will be asked next of the model that is left, and does so in the same run.
-    """
-    if verifier is None:
-        return None
-    floating = any(
-        spec.dtype is not None and spec.dtype.is_floating_point() for spec in model.signature().outputs
-    )
-    return functools.partial(verifier.distance, beside=beside) if floating else verifier.error
-
-
 def _journal_for(
     model: Model, data: Dataset | None, budget: Budget, passes: Sequence[Pass], seed: int
 ) -> Journal:
@@ -162,25 +130,6 @@ def _journal_for(
         "data": None if data is None else {"samples": data.samples, "evidence": data.evidence},
     }
     return journal
-
-
-def _plan(opening: Opening, model: Model, memory: int | None, data: Dataset | None) -> Plan | None:
-    return None if data is None else opening.once("plan", lambda: plan(model, memory, data))
-
-
-def _verifier(
-    opening: Opening, model: Model, data: Dataset | None, metric: str, provider: str, cuts: Sequence[str]
-) -> Verifier | None:
-    if data is None:
-        return None
-    return opening.once("verifier", lambda: Verifier(model, data, metric, provider, cuts))
-
-
-def _settled(work: Model, stage: ExactStage, tidy: Callable[[], None]) -> Model:
-    """Runs the exact stage on a model, of which a copy stays as the stage left it, and on what follows it."""
-    stage.run()
-    tidy()
-    return work.clone()
 
 
 def optimize(
@@ -217,59 +166,31 @@ def optimize(
     """
     began = time.perf_counter()
     budget = budget or Budget()
-    merged = Merged.of(model, data, provider, _tolerance(model))
-    given, model = model, model if merged is None else merged.lead
     measure = budget.target.measure if budget.target else None
     chosen = list(defaults(measure=measure) if passes is None else passes)
     exact = [item for item in chosen if item.exact]
     lossy = list(dict.fromkeys(item for item in chosen if not item.exact))
     journal = _journal_for(model, data, budget, chosen, seed)
-    work, notes = model.clone(), list[str]()
-    gone: frozenset[str] = frozenset()
-    whole_data = data
-    if data is not None:
-        data.count("heldout")  # too little data to be split fails here and not after the work
-        data = data if merged is None else data.fed_to(model)
     opening = opening or Opening()
-    opening.claim(given, whole_data, budget.error, budget.metric, measure, chosen, provider, memory)
-    running = _plan(opening, model, memory, data)
-    cuts = () if running is None else running.cuts
-    if data is not None and running is not None:
-        data = data.in_batches_of(running.batch)
-    extents = Extents(model, budget.target, data, provider)
-    measuring = () if running is None else running.measuring
-    verifier = _verifier(opening, model, data, budget.metric, provider, measuring)
-    stage = ExactStage(work, exact, journal, _exactness(model, verifier, verifier), _tolerance(model))
+    ground = Ground(model, data, budget, chosen, provider, memory, opening)
+    merged, verifier = ground.merged, ground.verifier
+    work, notes = ground.model.clone(), list[str]()
+    gone: frozenset[str] = frozenset()
 
-    def tidy() -> None:
-        if merged is not None:
-            merged.tidy(work, exact, journal)
+    def settled() -> Model:
+        ground.exact_stage(work, exact, journal).run()
+        ground.tidy(work, exact, journal)
+        return work.clone()
 
-    work.become(opening.noted("exact", journal, lambda: _settled(work, stage, tidy)).clone())
-    if data is not None and verifier is not None and lossy:
-        lossy_stage = LossyStage(
-            work,
-            lossy,
-            data,
-            verifier,
-            budget,
-            journal,
-            extents=extents,
-            plan=opening.once("lossy plan", lambda: plan(work, memory)),
-            provider=provider,
-            progress=progress,
-            opening=opening,
-            check=None if merged is None else merged.check,
-        )
-        lossy_stage.run()
-        gone = lossy_stage.gone
-        if lossy_stage.changed:
-            kept = work.clone()
-            with Verifier(kept, data, budget.metric, provider, verifier.cuts) as beside:
-                # A third session beside those of the two models is for where memory is no matter.
-                measured = _exactness(kept, beside, None if cuts else verifier)
-                ExactStage(work, exact, journal, measured, _tolerance(model)).run()
-                tidy()
+    work.become(opening.noted("exact", journal, settled).clone())
+    stage = ground.lossy_stage(work, lossy, journal, progress)
+    if stage is not None and ground.data is not None and verifier is not None:
+        stage.run()
+        gone = stage.gone
+        if stage.changed:
+            with Verifier(work.clone(), ground.data, budget.metric, provider, verifier.cuts) as beside:
+                ground.exact_stage(work, exact, journal, beside).run()
+                ground.tidy(work, exact, journal)
     elif lossy:
         for item in lossy:
             journal.add(Entry("declined", item.describe(), "graph", reason=NEEDS_DATA))
@@ -277,21 +198,21 @@ def optimize(
             "exact rewrites only: --calib DATA would let " + ", ".join(i.name for i in lossy) + " run too"
         )
     error = verifier.error(work) if verifier is not None else None
-    shapes = data.shapes() if data is not None else None
+    shapes = ground.data.shapes() if ground.data is not None else None
     done = dict.fromkeys(entry.pass_name for entry in journal.of("kept"))
-    made = work if merged is None else merged.join(work) if done else given.clone()
+    made = work if merged is None else merged.join(work) if done else model.clone()
     if merged is not None and merged.gap is None and done:
         notes.append("that the branch with a cache still computes the same was not measured: " + UNMEASURED)
-    settled = settle(given, made, gone) if lossy else None
-    if settled is not None:
-        notes.append(settled)
+    warning = settle(model, made, gone) if lossy else None
+    if warning is not None:
+        notes.append(warning)
     if data is not None and any(item.storage and item.describe() in done for item in lossy):
-        notes.append(shared_weights(given, made, None if cuts else data, provider))
+        notes.append(shared_weights(model, made, None if ground.cuts else ground.data, provider))
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
     if done:
         provenance.record(made, "passes", " ".join(done))
-    latency = extents.latency(work)
+    latency = ground.extents.latency(work)
     obtained = verifier.provider.obtained if verifier is not None else chain(provider)[0] if latency else ""
     journal.facts["provider"] = {
         "requested": provider,
@@ -303,10 +224,10 @@ def optimize(
         journal,
         budget,
         error,
-        error is None or error <= max(budget.cap, _tolerance(model)),
-        size(given),
+        error is None or error <= max(budget.cap, ground.tolerance),
+        size(model),
         size(made),
-        flops(model, shapes=shapes),
+        flops(ground.model, shapes=shapes),
         extent(work, shapes).flops,
         provider=obtained,
         notes=notes,

@@ -42,7 +42,7 @@ def test_the_module_is_the_command(process):
     done = process("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage: onnxcollapse ")
-    for command in ("optimize", "sweep", "compare", "bench", "export", "passes", "doctor"):
+    for command in ("optimize", "sweep", "analyze", "compare", "bench", "export", "passes", "doctor"):
         assert command in done.stdout
     done = process("optimize", "missing.onnx", "-o", "out.onnx")
     assert (done.returncode, done.stdout) == (2, "")

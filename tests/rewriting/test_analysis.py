@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What analyze says of a model: its structure, how linear it is, and what optimize would choose from."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from onnxcollapse.passes.cleanup import Cleanup
+from onnxcollapse.passes.collapse_layers import CollapseLayers
+from onnxcollapse.passes.narrow_ffn import NarrowFfn
+from onnxcollapse.passes.refit import Refit
+
+from onnxcollapse import Budget, analyze, optimize
+from onnxcollapse.calibration import open_session
+from onnxcollapse.errors import DataError, MetricError
+from onnxcollapse.rewriting.journal import plain
+from tests.passes.layering import WIDTH, stream
+from tests.rewriting.test_merged import data as decoder_data
+from tests.rewriting.test_merged import decoder
+from tests.support import data_for, mlp, rows
+
+X = rows(300, WIDTH)
+
+
+def inner(model, data, *names):
+    """Rows of inner tensors on the held-out part."""
+    with open_session(model, provider="cpu", outputs=names) as session:
+        batches = [session.run(batch) for batch in data.batches("heldout")]
+    return [np.concatenate([batch[name] for batch in batches]).astype(np.float64) for name in names]
+
+
+def test_structure_needs_no_data():
+    model = stream(4)
+    before = model.to_bytes()
+    found = analyze(model)
+    (run,) = found.layers
+    assert [(layer.start, layer.end) for layer in run] == [
+        ("h0", "s0"),
+        ("s0", "s1"),
+        ("s1", "s2"),
+        ("s2", "s3"),
+    ]
+    assert [(block.site, block.d_in, block.d_hidden, block.d_out) for block in found.blocks] == [
+        (f"u{layer}", WIDTH, 40, WIDTH) for layer in range(4)
+    ]
+    assert {(block.activation, block.gated) for block in found.blocks} == {("Tanh", False)}
+    assert run[0].params > found.blocks[0].params == 2 * 40 * WIDTH, "biases are one tensor in all layers"
+    assert {layer.similarity for layer in run} == {block.linearity for block in found.blocks} == {None}
+    assert found.provider == ""
+    assert "--calib DATA" in found.notes[0]
+    assert not [offer for offer in found.offers if offer.impact is not None]
+    assert model.to_bytes() == before
+
+
+def test_similarity_and_linearity_are_those_of_the_held_out_rows():
+    model = stream(3, linear=(1,))
+    data = data_for(model, X)
+    found = analyze(model, data, passes=(Cleanup(),), provider="cpu")
+    h0, s0, n0, u0 = inner(model, data, "h0", "s0", "n0", "u0")
+    cosines = np.sum(h0 * s0, axis=1) / np.linalg.norm(h0, axis=1) / np.linalg.norm(s0, axis=1)
+    assert found.layers[0][0].similarity == pytest.approx(cosines.mean(), abs=1e-5)
+    linearities = {block.site: block.linearity for block in found.blocks}
+    assert linearities["u1"] == pytest.approx(1.0, abs=1e-6), "its activation is the identity"
+    padded = np.c_[n0, np.ones(len(n0))]
+    best = np.linalg.lstsq(padded, u0, rcond=None)[0]  # fitted to what it is measured on: no map does better
+    bound = 1 - np.sum((u0 - padded @ best) ** 2) / np.sum(u0**2)
+    assert 0.5 < linearities["u0"] <= bound < 1.0
+
+
+def test_offers_are_what_optimize_chooses_from():
+    model = mlp([8, 32, 12], "LeakyRelu")
+    data = data_for(model, rows(200, 8))
+    passes = (Cleanup(), NarrowFfn(skip=False), Refit())
+    found = analyze(model, data, passes=passes, provider="cpu")
+    offers = {(offer.site, offer.variant): offer for offer in found.offers}
+    assert len(offers) == len(found.offers) > 3
+    result = optimize(model, data, budget=Budget(0.2), passes=passes, provider="cpu")
+    (kept,) = result.journal.of("kept")
+    offer = offers[kept.site, kept.variant]
+    assert (offer.impact, offer.predicted_error) == (kept.impact, kept.predicted_error)
+    assert offer.saving.params == kept.saving.params > 0
+    ordered = sorted(found.offers, key=lambda offer: offer.saving.params)
+    assert ordered[0].impact < ordered[-1].impact
+
+
+def test_no_error_is_too_large_to_be_told():
+    model = stream(3)
+    data = data_for(model, X)
+    drop = CollapseLayers(merge="drop", parts=False)
+    found = analyze(model, data, passes=(drop,), provider="cpu")
+    assert {offer.pass_name for offer in found.offers} == {drop.describe()}
+    assert max(offer.impact for offer in found.offers) > 0.3
+
+
+def test_exact_rewrites_come_first_and_are_not_done():
+    model = mlp([8, 32, 12], "Identity")
+    found = analyze(model, data_for(model, rows(100, 8)), provider="cpu")
+    assert found.offers[0].impact is None
+    assert found.offers[0].saving.nodes == 1
+    assert found.size.nodes == len(model.graph)
+    assert found.size.params == 8 * 32 + 32 + 32 * 12 + 12
+
+
+def test_what_is_declined_comes_with_the_reason():
+    model = mlp([8, 2, 8], "Tanh")
+    found = analyze(model, data_for(model, rows(100, 8)), provider="cpu")
+    reasons = {(entry.pass_name, entry.site): entry.reason for entry in found.declined}
+    assert "does not pay" in reasons["collapse-ffn", "y"]
+    assert all(entry.outcome != "kept" for entry in found.declined)
+
+
+def test_little_memory_gives_the_same(monkeypatch):
+    model = stream(4)
+    data = data_for(model, X)
+    passes = (Cleanup(), NarrowFfn(skip=False))
+    one = analyze(model, data, passes=passes, provider="cpu")
+    other = analyze(model, data, passes=passes, provider="cpu", memory=1)
+    for first, second in zip(one.layers[0], other.layers[0], strict=True):
+        assert first.similarity == pytest.approx(second.similarity, abs=1e-5)
+    for first, second in zip(one.blocks, other.blocks, strict=True):
+        assert first.linearity == pytest.approx(second.linearity, abs=1e-5)
+    assert [(offer.site, offer.variant) for offer in one.offers] == [
+        (offer.site, offer.variant) for offer in other.offers
+    ]
+
+
+def test_a_merged_decoder_is_read_where_it_has_no_cache():
+    model = decoder()
+    found = analyze(model, decoder_data(model), passes=(Cleanup(), NarrowFfn()), provider="cpu")
+    assert len(found.layers[0]) == 4
+    assert all(0.0 < block.linearity <= 1.0 for block in found.blocks)
+    assert found.offers
+
+
+def test_it_is_all_plain_json():
+    model = stream(3)
+    document = analyze(model, data_for(model, X), provider="cpu").to_dict()
+    assert json.loads(json.dumps(plain(document))) == document
+    assert document["layers"][0][0]["similarity"] > 0
+    assert {"pass", "site", "variant", "params_saved", "impact"} <= document["offers"][0].keys()
+
+
+def test_what_cannot_be_used_is_an_error():
+    model = stream(2)
+    with pytest.raises(MetricError):
+        analyze(model, data_for(model, X), metric="nothing", provider="cpu")
+    with pytest.raises(DataError):
+        analyze(model, data_for(model, X[:1]), provider="cpu")

@@ -29,6 +29,11 @@ from onnxcollapse.verification import Verifier
 UNMEASURED = "there is no data, or the model cannot be told to decode"
 NEEDS_DATA = "needs calibration data: give --calib to have its effect predicted and measured"
 
+MORE_OPERATORS = (
+    "the rewrites leave {} more operators than there were: with small batches a GPU spends its time on launching them, "
+    "and fewer FLOPs may then take longer; `onnxcollapse bench` tells, and a target of latency goes by what it measures"
+)
+
 
 @dataclass
 class Result:
@@ -183,6 +188,7 @@ def optimize(
         return work.clone()
 
     work.become(opening.noted("exact", journal, settled).clone())
+    operators = size(work).nodes
     stage = ground.lossy_stage(work, lossy, journal, progress)
     if stage is not None and ground.data is not None and verifier is not None:
         stage.run()
@@ -208,6 +214,9 @@ def optimize(
         notes.append(warning)
     if data is not None and any(item.storage and item.describe() in done for item in lossy):
         notes.append(shared_weights(model, made, None if ground.cuts else ground.data, provider))
+    more = size(work).nodes - operators
+    if more > 0 and measure != LATENCY:
+        notes.append(MORE_OPERATORS.format(more))
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: the error reached says nothing about real inputs")
     if done:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnxcollapse.passes.factor_linear import FactorLinear
 
 from onnxcollapse import Budget, Decline, Model, Pass, Proposal, Target, optimize
 from onnxcollapse.errors import BudgetNotMetError, DataError
@@ -20,7 +21,7 @@ from onnxcollapse.model import edit, size
 from onnxcollapse.rewriting.pipeline import require_met, shortfall
 from onnxcollapse.verification import Verifier
 from tests.rewriting.branches import BRANCH, WIDTH, Branch, Drop, branches, kept, left, remaining, run
-from tests.support import data_for, mlp, outputs, relative, rows
+from tests.support import Net, data_for, mlp, outputs, relative, rows
 
 
 def test_what_fits_is_kept_and_what_does_not_is_declined_with_the_figures():
@@ -252,6 +253,18 @@ def test_random_data_is_noted():
     model = branches(1e-4)
     result = optimize(model, open_data("random:16", model), passes=[Drop()], provider="cpu")
     assert any("random" in note for note in result.notes)
+
+
+def test_more_operators_than_there_were_are_noted():
+    net = Net(2)
+    thin = net.random.normal(size=(64, 8)) @ net.random.normal(size=(8, 64))
+    net.op("Tanh", net.linear("x", thin / 8, net.random.normal(size=64), name="z"), name="y")
+    model = net.model({"x": ["n", 64]}, {"y": ["n", 64]})
+    result = optimize(model, data_for(model, rows(300, 64)), passes=[FactorLinear()], provider="cpu")
+    (note,) = [note for note in result.notes if "more operators" in note]
+    assert f"leave {size(result.model).nodes - size(model).nodes} more operators" in note
+    assert "a target of latency" in note
+    assert not [note for note in run(branches(1e-4), Drop()).notes if "more operators" in note]
 
 
 def test_what_was_kept_is_recorded_in_the_model_without_a_time():

@@ -6,7 +6,7 @@
     x [B, S, d] -- Reshape [-1, d] -- Gemm W, b -- Reshape [B, S, h] -- y      becomes      x -- MatMul W -- Add b -- y
 
 So exporters write torch's `addmm`, which the Conv1D of GPT-2 and its like is made of. Behind it blocks have their usual
-form, and the nodes that compute both shapes have nothing to do.
+form, and the nodes that compute both shapes have nothing to do. Inputs have to have tokens: to Reshape 0 is no size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 from onnxcollapse.structure import folded
 from onnxcollapse.structure.sizes import Axis, ShapeReader, inferred
+
+BROADCASTS = 7
+"""The first opset whose Add broadcasts by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +68,17 @@ class UnflattenLinear(Pass):
     def sites(self, model: Model) -> Iterator[Flattened | Decline]:
         """Finds Gemms between Reshapes, and reads from their shapes what they do."""
         found = [site for node in model.graph if (site := _flattened(node)) is not None]
-        if not found:
+        if not found or model.ir.opset_imports.get("", BROADCASTS) < BROADCASTS:
             return
         reader = ShapeReader(inferred(model))
         for site in found:
             reason = _objection(site, reader)
             yield site if reason is None else Decline(site.name, reason)
+
+    def site(self, model: Model, name: str) -> Flattened | None:
+        """Finds what `sites` has found before: other rewrites leave the shapes of tensors as they are."""
+        found = (_flattened(node) for node in model.graph)
+        return next((site for site in found if site is not None and site.name == name), None)
 
     def propose(self, site: Flattened, statistics: Statistics | None) -> Iterable[Proposal | Decline]:
         """Proposes to do without the Reshapes."""
@@ -111,8 +119,9 @@ def _flattened(node: ir.Node) -> Flattened | None:
     if first is None or len(uses) != 1 or output.is_graph_output():
         return None
     [(last, place)] = uses
-    pair = {(one.domain, one.op_type) for one in (first, last)}
-    return Flattened(first, node, last) if pair == {("", "Reshape")} and place == 0 else None
+    pair = {(one.domain, one.op_type, len(one.inputs)) for one in (first, last)}
+    inside = last.graph is node.graph  # and not in a branch, where names are others'
+    return Flattened(first, node, last) if pair == {("", "Reshape", 2)} and place == 0 and inside else None
 
 
 def _objection(site: Flattened, reader: ShapeReader) -> str | None:
@@ -134,6 +143,10 @@ def _objection(site: Flattened, reader: ShapeReader) -> str | None:
     shape = None if source is None else reader.shape(source)
     if source is None or shape is None:
         return "the rank of what is flattened cannot be inferred"
+    if not shape:
+        return "what is flattened is one number"
+    if bias is not None and len(bias.shape) > len(shape):
+        return "its bias has more axes than what is flattened"
     flat, whole = reader.read(site.first.inputs[1]), reader.read(site.last.inputs[1])
     end = Axis(source, len(shape) - 1)
     if flat is None or len(flat) != 2 or flat[0] != -1 or flat[1] not in (d_in, end) or 0 in flat:

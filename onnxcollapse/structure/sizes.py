@@ -20,7 +20,7 @@ class Axis:
 
     Attributes:
         value: The tensor.
-        axis: The axis; below 0 where the tensor's rank is not known.
+        axis: The axis.
     """
 
     value: ir.Value
@@ -31,14 +31,22 @@ Dim = int | Axis
 
 
 def inferred(model: Model) -> dict[str, tuple[int | None, ...]]:
-    """Shapes of all tensors of the main graph whose rank can be inferred; None for sizes that only a run tells."""
-    proto = infer(skeleton.for_inference(model.ir))
+    """Shapes of all tensors of the main graph whose rank can be inferred; None for sizes that only a run tells.
+
+    They follow from inputs and weights alone: what a file declares of other tensors nobody holds it to.
+    """
+    bare = skeleton.for_inference(model.ir)
+    del bare.graph.value_info[:]
+    for output in bare.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    proto = infer(bare)
     found = {}
     for info in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         kind = info.type.tensor_type
         if kind.HasField("shape"):
             found[info.name] = tuple(
-                dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim
+                dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
+                for dim in kind.shape.dim
             )
     return found
 
@@ -61,7 +69,7 @@ class ShapeReader:
         """The numbers that a tensor of rank 0 or 1 holds; None where one of them is computed in another way."""
         known = folded(value)
         if known is not None:
-            if known.size > _LONG or not known.dtype.is_integer():
+            if known.size > _LONG or not known.dtype.is_integer() or len(known.shape) > 1:
                 return None
             return tuple(int(number) for number in known.load().reshape(-1))
         node = None if value is None else value.producer()
@@ -83,7 +91,15 @@ class ShapeReader:
     def _same(self, node: ir.Node, depth: int) -> tuple[Dim, ...] | None:
         return self.read(node.inputs[0], depth)
 
-    _squeeze = _unsqueeze = _identity = _cast = _same
+    _squeeze = _identity = _same
+
+    def _unsqueeze(self, node: ir.Node, depth: int) -> tuple[Dim, ...] | None:
+        found = self.read(node.inputs[0], depth)
+        return found if found is not None and len(found) == 1 else None
+
+    def _cast(self, node: ir.Node, depth: int) -> tuple[Dim, ...] | None:
+        kept = node.attributes["to"].as_int() in (ir.DataType.INT32, ir.DataType.INT64)
+        return self.read(node.inputs[0], depth) if kept else None
 
     def _concat(self, node: ir.Node, depth: int) -> tuple[Dim, ...] | None:
         parts = [self.read(value, depth) for value in node.inputs]

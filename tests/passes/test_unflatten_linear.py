@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnxcollapse.passes.cleanup import Cleanup
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
@@ -191,3 +192,58 @@ def test_what_is_read_flat_as_well_stays():
     net.op("ReduceSum", made, name="z", keepdims=0)
     model = net.model({"x": ["n", "t", WIDTH]}, {"y": ["n", "t", WIDTH], "z": []})
     assert list(UnflattenLinear().sites(model)) == []
+
+
+def kept_rewrites(model):
+    return optimize(model, passes=[UnflattenLinear()]).journal.of("kept")
+
+
+def test_one_number_is_no_list_of_tokens():
+    net = Flat(2)
+    made = net.gemm(net.op("Reshape", "x", net.numbers(-1, 1)), 1, HIDDEN)
+    net.op("Reshape", made, net.numbers(HIDDEN), name="y")
+    assert not kept_rewrites(net.made((), (HIDDEN,)))
+
+
+@pytest.mark.parametrize("shape", [(1, HIDDEN), (1, 1)])
+def test_a_bias_does_not_add_an_axis(shape):
+    net = Flat(2)
+    flat = net.op("Reshape", "x", net.numbers(-1, WIDTH))
+    weight, bias = net.const(net.random.normal(size=(WIDTH, HIDDEN))), net.const(np.ones(shape))
+    net.op("Reshape", net.op("Gemm", flat, weight, bias), net.numbers(HIDDEN), name="y")
+    model = net.made((WIDTH,), (HIDDEN,))
+    x = np.ones(WIDTH, np.float32)
+    after = optimize(model, passes=[UnflattenLinear()]).model
+    assert outputs(after, x=x)["y"].shape == outputs(model, x=x)["y"].shape == (HIDDEN,)
+
+
+def swapped(shape, cast=None):
+    """Tokens flattened and put back with their axes in the other order, or through a cast."""
+    net = Flat(2)
+    source = net.op("Tanh", "x", name="q")
+    flat = net.op("Reshape", source, net.numbers(-1, WIDTH))
+    parts = [net.axis(source, axis) for axis in ((0, 1) if cast else (1, 0))]
+    if cast is not None:
+        parts = [net.op("Cast", net.op("Cast", part, to=cast), to=7) for part in parts]
+    net.op("Reshape", net.gemm(flat, WIDTH, HIDDEN), net.joined(*parts, net.numbers(HIDDEN)), name="y")
+    return net.made(shape, ("a", "b", HIDDEN))
+
+
+def test_unknown_sizes_are_not_equal_whatever_they_are_declared_as():
+    model = swapped(("n", "t", WIDTH))
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([-1, -1, WIDTH])
+    assert not kept_rewrites(model)
+
+
+def test_what_a_file_declares_of_inner_tensors_proves_nothing():
+    model = swapped(("n", "t", WIDTH))
+    (q,) = (node.outputs[0] for node in model.graph if node.outputs[0].name == "q")
+    q.shape = ir.Shape([5, 5, WIDTH])
+    assert not kept_rewrites(model)
+
+
+@pytest.mark.parametrize("kind", [9, 2])
+def test_a_cast_that_changes_numbers_is_read_as_such(kind):
+    assert not kept_rewrites(swapped(("n", "t", WIDTH), cast=kind))
+    assert kept_rewrites(swapped(("n", "t", WIDTH), cast=6))

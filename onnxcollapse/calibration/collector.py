@@ -223,7 +223,8 @@ class Sweep:
     ) -> Statistics:
         """Those of the first share; of the reference, what all of them are about is kept."""
         made = self._walk.segment.makes
-        kept = [ref.value for ref in _all_refs(later) if ref.value in made and self._key(ref) == ref.value]
+        refs = (ref for ref in _all_refs(later) if ref.value in made and self._key(ref) == ref.value)
+        kept = list(dict.fromkeys(ref.value for ref in refs))  # a tensor is asked for in several ways
         self._run_beside([request for share in shares for request in share], later, hold=hold)
         if shares[0]:
             return self._collected(self._model, shares[0], kept, hold=hold)

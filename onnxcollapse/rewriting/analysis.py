@@ -172,6 +172,8 @@ def analyze(
 ) -> Analysis:
     """Says what a model is made of and what passes offer for it: what `optimize` would choose from in its first round.
 
+    Passes with a search of their own are asked for what they offer without it; those that repair offer nothing.
+
     Args:
         model: Left as it is.
         data: Calibration data; without it there are the structure and the exact rewrites.
@@ -187,7 +189,7 @@ def analyze(
     began = time.perf_counter()
     chosen = list(defaults(measure="params") if passes is None else passes)
     exact = [item for item in chosen if item.exact]
-    lossy = [item for item in chosen if not (item.exact or item.repairs)]
+    lossy = list(dict.fromkeys(item for item in chosen if not (item.exact or item.repairs)))
     journal, progress = Journal(), progress or Progress()
     budget = Budget(sys.float_info.max, metric)
     ground = Ground(model, data, budget, chosen, provider, memory, Opening())

@@ -19,7 +19,7 @@ from onnxcollapse.rewriting.journal import plain
 from tests.passes.layering import WIDTH, stream
 from tests.rewriting.test_merged import data as decoder_data
 from tests.rewriting.test_merged import decoder
-from tests.support import data_for, mlp, rows
+from tests.support import Net, data_for, mlp, rows
 
 X = rows(300, WIDTH)
 
@@ -148,3 +148,18 @@ def test_what_cannot_be_used_is_an_error():
         analyze(model, data_for(model, X), metric="nothing", provider="cpu")
     with pytest.raises(DataError):
         analyze(model, data_for(model, X[:1]), provider="cpu")
+
+
+def test_a_tensor_that_is_asked_for_in_two_ways_is_kept_once():
+    """Else batches get out of step with what is kept of them, or fail where the last one is smaller."""
+    net = Net(4)
+    h = net.op("Conv", "x", net.const(net.random.normal(size=(8, 8, 1, 1)) / 3), name="h0")
+    for layer in range(3):
+        up, down = (net.const(net.random.normal(size=(a, b, 1, 1)) / b) for a, b in ((24, 8), (8, 24)))
+        hidden = net.op("Tanh", net.op("Conv", h, up))
+        h = net.op("Add", h, net.op("Conv", hidden, down), name=f"h{layer + 1}")
+    net.op("GlobalAveragePool", h, name="y")
+    model = net.model({"x": ["n", 8, 4, 4]}, {"y": ["n", 8, 1, 1]})
+    x = np.random.default_rng(0).normal(size=(109, 8, 4, 4)).astype(np.float32)
+    found = analyze(model, data_for(model, x), provider="cpu")
+    assert {"collapse-layers", "narrow-ffn"} <= {offer.pass_name for offer in found.offers}

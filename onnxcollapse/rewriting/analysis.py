@@ -288,7 +288,8 @@ def _runs(model: Model) -> list[list[Span]]:
 
 def _alike(span: Span) -> Cosine:
     reader = first_projection(span)
-    axis = -1 if reader is None else reader.axis
+    convolved = any(node.op_type == "Conv" for node in span.nodes)
+    axis = reader.axis if reader is not None else 1 if convolved else -1
     return Cosine(Ref(span.start.name or "", axis=axis), Ref(span.end.name or "", axis=axis))
 
 

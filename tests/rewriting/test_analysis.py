@@ -163,3 +163,19 @@ def test_a_tensor_that_is_asked_for_in_two_ways_is_kept_once():
     x = np.random.default_rng(0).normal(size=(109, 8, 4, 4)).astype(np.float32)
     found = analyze(model, data_for(model, x), provider="cpu")
     assert {"collapse-layers", "narrow-ffn"} <= {offer.pass_name for offer in found.offers}
+
+
+def test_similarity_of_a_convolutional_net_is_over_channels():
+    net, h = Net(4), "x"
+    for layer in range(3):
+        weight = net.const(net.random.normal(size=(6, 6, 3, 3)) / 12)
+        h = net.op("Add", h, net.op("Tanh", net.op("Conv", h, weight, pads=[1] * 4)), name=f"h{layer}")
+    net.op("Neg", h, name="y")
+    model = net.model({"x": ["n", 6, 4, 5]}, {"y": ["n", 6, 4, 5]})
+    x = np.random.default_rng(0).normal(size=(64, 6, 4, 5)).astype(np.float32)
+    data = data_for(model, x)
+    found = analyze(model, data, passes=(Cleanup(),), provider="cpu")
+    layer = next(layer for run in found.layers for layer in run if layer.start == "h0")
+    a, b = inner(model, data, "h0", "h1")
+    cosines = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert layer.similarity == pytest.approx(cosines.mean(), abs=1e-4)

@@ -200,7 +200,9 @@ def _time(entries: Sequence[_Entry], cases: int, provider: str, settings: Settin
                     session = stack.enter_context(open_file(entry.path, provider, settings.threads, sizes))
                     sessions.append((entry, session))
                     entry.provider = session.provider.obtained
-                if opened == 0 and time.perf_counter() - began > LONG_OPENING:
+                # The first sizes decide for all, or those before them would have had too few rounds.
+                first = opened == 0 and places is together[0]
+                if first and time.perf_counter() - began > LONG_OPENING:
                     openings, rounds = 1, settings.rounds
                 part = replace(settings, rounds=rounds, openings=openings)
                 for place in places:

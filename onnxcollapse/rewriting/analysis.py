@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from onnxcollapse.calibration import Dataset
+from onnxcollapse.calibration import Dataset, Sweep
 from onnxcollapse.calibration.leastsquares import ridge_fit
-from onnxcollapse.calibration.statistics import Cosine, Gram, Ref, Request, Statistics
+from onnxcollapse.calibration.statistics import Cosine, Gram, Ref, Request
 from onnxcollapse.model import Model, Size, flops, size
 from onnxcollapse.rewriting.budget import Budget
-from onnxcollapse.rewriting.fitting import Fitter, Place
 from onnxcollapse.rewriting.ground import Ground
 from onnxcollapse.rewriting.journal import Entry, Journal
 from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass
 from onnxcollapse.rewriting.progress import Progress
-from onnxcollapse.rewriting.proposal import Proposal, Saving
+from onnxcollapse.rewriting.proposal import Saving
 from onnxcollapse.rewriting.registry import defaults
 from onnxcollapse.structure import FeedForward, feedforwards
 from onnxcollapse.structure.spans import Span, first_projection, streams
@@ -206,8 +205,12 @@ def analyze(
             "structure and exact rewrites only: --calib DATA would say what else could be saved, at what error"
         )
     else:
-        fitter = Fitter(work.alone().clone(), ground.data, ground.work_plan(work), provider, progress)
-        known = dict(_measured(work, fitter, runs, found))
+        cut = ground.work_plan(work)
+        similarities = {span.name: _alike(span) for run in runs for span in run}
+        linearities = {block.name: _gram(block) for block in found}
+        requests: list[Request] = [*similarities.values(), *linearities.values()]
+        sweep = Sweep(work.alone(), requests, ground.data, provider=provider, cuts=cut.points, room=cut.sums)
+        known = dict(_measured(sweep, similarities, linearities))
     stage = ground.lossy_stage(work, lossy, journal, progress)
     if stage is not None:
         offers += [
@@ -233,53 +236,18 @@ def analyze(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Spot:
-    """A place that is only looked at."""
-
-    name: str
-    request: Request
-    nodes: tuple[()] = ()
-
-
-class _Reading(Pass):
-    """Asks for the statistics of spots, and rewrites nothing."""
-
-    name = "reading"
-
-    def sites(self, model: Model) -> tuple[()]:
-        """None of its own."""
-        return ()
-
-    def requests(self, site: _Spot) -> Sequence[Request]:
-        """What the spot wants to know."""
-        return (site.request,)
-
-    def propose(self, site: Any, statistics: Statistics | None) -> tuple[()]:
-        """Nothing."""
-        return ()
-
-    def rewrite(self, model: Model, site: Any, proposal: Proposal) -> None:
-        """Nothing."""
-
-
 def _measured(
-    model: Model, fitter: Fitter, runs: Sequence[Sequence[Span]], blocks: Sequence[FeedForward]
+    sweep: Sweep, similarities: Mapping[str, Cosine], linearities: Mapping[str, Gram]
 ) -> Iterator[tuple[str, float]]:
-    """Similarities of layers and linearities of blocks, by their names."""
-    spots = [_Spot(span.name, _alike(span)) for run in runs for span in run]
-    spots += [_Spot(block.name, _gram(block)) for block in blocks]
-    reading = _Reading()
-    for place, statistics in fitter.statistics(model, [Place(reading, spot, ()) for spot in spots]):
-        spot = place.site
-        if not isinstance(spot, _Spot) or not isinstance(statistics, Statistics):
-            continue
-        request = spot.request
-        if isinstance(request, Cosine):
-            yield spot.name, statistics.heldout(request).mean
-        elif isinstance(request, Gram):
-            fit, heldout = statistics.fit(request), statistics.heldout(request)
-            yield spot.name, 1.0 - ridge_fit(fit, heldout, request.features, request.targets).error ** 2
+    """Similarities of layers and linearities of blocks, by their names, a segment's sums at a time."""
+    for _, statistics in sweep:
+        for name, alike in similarities.items():
+            if alike in statistics:
+                yield name, statistics.heldout(alike).mean
+        for name, gram in linearities.items():
+            if gram in statistics:
+                fit, heldout = statistics.fit(gram), statistics.heldout(gram)
+                yield name, 1.0 - ridge_fit(fit, heldout, gram.features, gram.targets).error ** 2
 
 
 def _runs(model: Model) -> list[list[Span]]:

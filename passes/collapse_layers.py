@@ -126,9 +126,14 @@ class CollapseLayers(Pass):
                 f"search laco looks at merged weights: it takes rdsc, last, mean or drop, not {self.merge}"
             )
 
+    @property
+    def searches(self) -> bool:
+        """LaCo does, by the model's final state."""
+        return self.search == "laco"
+
     def sites(self, model: Model) -> Iterator[StreamEnd | Decline]:
         """Finds the points of residual streams behind which a span can be taken away."""
-        if self.search == "laco":
+        if self.searches:
             return
         found = streams(model.graph)
         if not found:
@@ -190,15 +195,13 @@ class CollapseLayers(Pass):
         pass_by(model, start, end, gain)
         drop_caches(model, leaving)
 
-    def plan(self, model: Model, similarity: Similarity) -> list[Proposal] | None:
+    def plan(self, model: Model, similarity: Similarity) -> list[Proposal]:
         """LaCo's search (arXiv 2402.11187, algorithm 1): from the top down, merge while the final state stays alike.
 
         Args:
             model: Left as it is.
             similarity: Mean cosine of a model's final state with the original's.
         """
-        if self.search != "laco":
-            return None
         done: list[Proposal] = []
         model = model.clone()
         stream = _longest(model)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnxcollapse.rewriting.analysis import Analysis, Offer
 
 MOST = 12
-"""Sites of a pass on the console; --json has all."""
+"""Rows of a pass on the console; --json has all."""
 
 
 @click.command()
@@ -77,18 +77,17 @@ def analyze(
 
 
 def _show(found: Analysis) -> None:
-    size = found.size
-    table(
-        "",
-        ("params", "bytes", "flops", "nodes"),
-        [(f"{size.params:,}", f"{size.bytes:,}", f"{found.flops:,}", f"{size.nodes:,}")],
-    )
+    sizes = [("as it is", found.size, f"{found.flops:,}")]
+    if found.tidied != found.size:
+        sizes.append(("after exact rewrites", found.tidied, ""))
+    rows = [(name, f"{at.params:,}", f"{at.bytes:,}", f"{at.nodes:,}", count) for name, at, count in sizes]
+    table("", ("", "params", "bytes", "nodes", "flops"), rows)
     for run in found.layers:
-        rows = [
+        layers = [
             (str(number), layer.end, f"{layer.params:,}", _figure(layer.similarity))
             for number, layer in enumerate(run)
         ]
-        table(f"\n{len(run)} layers alike", ("layer", "ends at", "params", "similarity"), rows)
+        table(f"\n{len(run)} layers alike", ("layer", "ends at", "params", "similarity"), layers)
     if found.blocks:
         blocks = [
             (block.site, f"{block.d_in} -> {block.d_hidden} -> {block.d_out}",
@@ -98,7 +97,7 @@ def _show(found: Analysis) -> None:
         table("\nFeed-forward blocks", ("site", "channels", "activation", "params", "linearity"), blocks)
     _show_offers(found)
     if found.declined:
-        table("\nLeft as it is", ("pass", "site", "outcome", "why"), grouped(found.declined))
+        table("\nLeft as it is", ("pass", "site", "outcome", "why"), _cut(grouped(found.declined)))
     out = console()
     for note in found.notes:
         out.print(f"Note: {note}", markup=False)
@@ -108,18 +107,37 @@ def _show(found: Analysis) -> None:
 
 def _show_offers(found: Analysis) -> None:
     """One row a site, from its gentlest variant to its hardest; of each pass those first that save most."""
-    passes: dict[str, dict[str, list[Offer]]] = {}
+    exact = [
+        (offer.pass_name, offer.site, f"{offer.saving.params:,}", f"{offer.saving.nodes:,}", offer.detail)
+        for offer in found.offers
+        if offer.impact is None
+    ]
+    if exact:
+        columns: tuple[str, ...] = ("pass", "site", "params saved", "nodes saved", "what")
+        table("\nExact rewrites", columns, _cut(exact))
+    sites: dict[tuple[str, str], list[Offer]] = {}
     for offer in found.offers:
-        passes.setdefault(offer.pass_name, {}).setdefault(offer.site, []).append(offer)
-    rows = []
-    for name, sites in passes.items():
-        ordered = sorted(sites.items(), key=lambda item: -max(offer.saving.params for offer in item[1]))
-        rows += [_row(name, site, offers) for site, offers in ordered[:MOST]]
-        if len(ordered) > MOST:
-            rows.append((name, f"... {len(ordered) - MOST} more: --json has all", *[""] * 4))
-    if rows:
+        if offer.impact is not None:
+            sites.setdefault((offer.pass_name, offer.site), []).append(offer)
+    order = list(dict.fromkeys(name for name, _ in sites))
+    most = {key: max(offer.saving.params for offer in offers) for key, offers in sites.items()}
+    if sites:
+        rows = [
+            _row(*key, sites[key]) for key in sorted(sites, key=lambda key: (order.index(key[0]), -most[key]))
+        ]
         columns = ("pass", "site", "variants", "params saved", "error there", f"{found.metric} at outputs")
-        table("\nWhat could be saved, each by itself", columns, rows)
+        table("\nWhat could be saved, each by itself", columns, _cut(rows))
+
+
+def _cut(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The first rows of each pass, which they begin with, and how many more there are."""
+    kept: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(row[0] for row in rows):
+        own = [row for row in rows if row[0] == name]
+        kept += own[:MOST]
+        if len(own) > MOST:
+            kept.append((name, f"... {len(own) - MOST} more: --json has all", *[""] * (len(own[0]) - 2)))
+    return kept
 
 
 def _row(name: str, site: str, offers: Sequence[Offer]) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ from onnxcollapse.rewriting.registry import defaults
 from onnxcollapse.structure import FeedForward, feedforwards
 from onnxcollapse.structure.spans import Span, first_projection, streams
 
+ELSEWHERE = "{}: nothing to show here; what searches by itself, or repairs behind other passes, works in optimize alone"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -55,7 +57,8 @@ class Block:
         activation: What lies between its Linears.
         params: Parameters.
         linearity: Share of the output's power that the best affine map of the input explains on held-out rows (1 minus
-            the squared relative error of METHODS 0); 1 for a linear block. None without data.
+            the squared relative error of METHODS 0); 1 for a linear block, 0 where none explains anything. None
+            without data.
     """
 
     site: str
@@ -99,6 +102,7 @@ class Analysis:
     Attributes:
         size: Of the model.
         flops: Of one calibration sample; dynamic dimensions are 1 without data.
+        tidied: Size behind the exact rewrites: of the model that all the rest is said of.
         layers: Each run of layers, front to back.
         blocks: Feed-forward blocks, front to back.
         offers: What could be rewritten, exact rewrites first; variants of one site exclude each other.
@@ -111,6 +115,7 @@ class Analysis:
 
     size: Size
     flops: int
+    tidied: Size
     layers: tuple[tuple[Layer, ...], ...]
     blocks: tuple[Block, ...]
     offers: tuple[Offer, ...]
@@ -127,6 +132,7 @@ class Analysis:
             "bytes": self.size.bytes,
             "nodes": self.size.nodes,
             "flops": self.flops,
+            "after_exact": asdict(self.tidied),
             "layers": [[asdict(layer) for layer in run] for run in self.layers],
             "feedforwards": [asdict(block) for block in self.blocks],
             "offers": [
@@ -137,6 +143,7 @@ class Analysis:
                     "params_saved": offer.saving.params,
                     "bytes_saved": offer.saving.bytes,
                     "flops_saved": offer.saving.flops,
+                    "nodes_saved": offer.saving.nodes,
                     "predicted_error": offer.predicted_error,
                     "impact": offer.impact,
                     "detail": offer.detail,
@@ -171,7 +178,7 @@ def analyze(
 ) -> Analysis:
     """Says what a model is made of and what passes offer for it: what `optimize` would choose from in its first round.
 
-    Passes with a search of their own are asked for what they offer without it; those that repair offer nothing.
+    Passes with a search of their own and those that repair offer nothing here; a note says so.
 
     Args:
         model: Left as it is.
@@ -188,7 +195,8 @@ def analyze(
     began = time.perf_counter()
     chosen = list(defaults(measure="params") if passes is None else passes)
     exact = [item for item in chosen if item.exact]
-    lossy = list(dict.fromkeys(item for item in chosen if not (item.exact or item.repairs)))
+    lossy = list(dict.fromkeys(item for item in chosen if not item.exact))
+    asked = [item for item in lossy if not (item.searches or item.repairs)]
     journal, progress = Journal(), progress or Progress()
     budget = Budget(sys.float_info.max, metric)
     ground = Ground(model, data, budget, chosen, provider, memory, Opening())
@@ -211,7 +219,7 @@ def analyze(
         requests: list[Request] = [*similarities.values(), *linearities.values()]
         sweep = Sweep(work.alone(), requests, ground.data, provider=provider, cuts=cut.points, room=cut.sums)
         known = dict(_measured(sweep, similarities, linearities))
-    stage = ground.lossy_stage(work, lossy, journal, progress)
+    stage = ground.lossy_stage(work, asked, journal, progress)
     if stage is not None:
         offers += [
             Offer(
@@ -220,16 +228,23 @@ def analyze(
             )
             for item in stage.look()
         ]  # fmt: skip
+    elsewhere = [item.describe() for item in lossy if item.searches or (item.repairs and not asked)]
+    if elsewhere:
+        notes.append(ELSEWHERE.format(", ".join(elsewhere)))
+    measured_in = metric if ground.verifier is None else ground.verifier.pricing_metric
+    if measured_in != metric:
+        notes.append(f"errors at the outputs are in {measured_in}: {metric} is of whole models, in optimize")
     if data is not None and not data.evidence:
         notes.append("the calibration data is random: these errors say nothing about real inputs")
     return Analysis(
         size(model),
         flops(ground.model, shapes=None if ground.data is None else ground.data.shapes()),
+        size(work),
         tuple(tuple(_layer(span, known.get(span.name)) for span in run) for run in runs),
         tuple(_block(block, known.get(block.name)) for block in found),
         tuple(offers),
         tuple(entry for entry in journal if entry.outcome != "kept"),
-        metric if ground.verifier is None else ground.verifier.pricing_metric,
+        measured_in,
         "" if ground.verifier is None else ground.verifier.provider.obtained,
         time.perf_counter() - began,
         tuple(notes),
@@ -247,7 +262,8 @@ def _measured(
         for name, gram in linearities.items():
             if gram in statistics:
                 fit, heldout = statistics.fit(gram), statistics.heldout(gram)
-                yield name, 1.0 - ridge_fit(fit, heldout, gram.features, gram.targets).error ** 2
+                error = ridge_fit(fit, heldout, gram.features, gram.targets).error
+                yield name, max(0.0, 1.0 - error**2)  # with few rows a fit can do worse than the map to 0
 
 
 def _runs(model: Model) -> list[list[Span]]:

@@ -65,7 +65,7 @@ class LossyStage:
         check: Raises ModelError for a model that is not to be kept, whatever its error.
 
     Attributes:
-        error: Of the model as it is.
+        error: Of the model as it is, once it ran.
         changed: Whether anything was kept.
         gone: Names of the tensors of whole layers that have left.
     """
@@ -106,15 +106,17 @@ class LossyStage:
         self._taken: list[Candidate] = []
         self._failure = _Failure()
         self._began = 0
-        self.error = self._opening.once("error", lambda: verifier.error(model))
+        self.error = 0.0
         self.changed = False
         self.gone: frozenset[str] = frozenset()
         self._gone_before = self.gone
 
     def run(self) -> None:
         """Runs rounds until none can keep more or the target is reached."""
+        self.error = self._opening.once("error", lambda: self._verifier.error(self._model))
         for item in self._passes:
-            self._follow(item)
+            if item.searches:
+                self._follow(item)
         for number in range(MAX_ROUNDS):
             if not self._passes or self._missing() <= 0 or self._spent() or not self._round(number):
                 break
@@ -131,8 +133,6 @@ class LossyStage:
         """Applies what a pass has found by a search of its own, as much of it as the budget allows."""
         with blamed(maker):
             planned = maker.plan(self._model, FinalState(self._model, self._data, self._provider))
-        if planned is None:
-            return
         name, count = maker.describe(), len(planned)
         while count:
             trial = self._model.clone()

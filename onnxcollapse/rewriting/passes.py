@@ -56,6 +56,11 @@ class Pass(abc.ABC):
         """Whether rewrites keep the function, so that they need no calibration data and no budget."""
         return False
 
+    @property
+    def searches(self) -> bool:
+        """Whether it searches by itself, as some published methods do: `plan` is asked then, `propose` is not."""
+        return False
+
     @abc.abstractmethod
     def sites(self, model: Model) -> Iterable[Site | Decline]:
         """Finds the places this pass could rewrite, in graph order, by structure alone."""
@@ -109,17 +114,17 @@ class Pass(abc.ABC):
         """
         return proposal
 
-    def plan(self, model: Model, similarity: Callable[[Model], float]) -> list[Proposal] | None:
-        """Searches by itself, as some published methods do, and says what to apply one after the other.
+    def plan(self, model: Model, similarity: Callable[[Model], float]) -> list[Proposal]:
+        """Says what a search of its own would apply, one after the other.
 
         Args:
             model: Not to be edited; a search works on clones.
             similarity: Runs a model and gives the mean cosine of its final state with the original's.
 
         Returns:
-            The rewrites in their order; None for a pass that leaves the search to the engine.
+            The rewrites in their order.
         """
-        return None
+        return []
 
     @abc.abstractmethod
     def rewrite(self, model: Model, site: Any, proposal: Proposal) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.workspace import mentions
 from tests.passes.layering import WIDTH, stream
-from tests.support import rows
+from tests.support import mlp, rows
 
 command = importlib.import_module("onnxcollapse.cli.analyze")
 ANALYZE = ("analyze", "model.onnx")
@@ -50,6 +50,17 @@ def test_without_data_it_says_what_is_missing(network):
     assert "measured on" not in done.stdout
 
 
+def test_what_rewrites_exactly_is_a_table_of_its_own(network):
+    network.write_model(mlp([8, 32, 12], "Identity"))
+    done = network.run(*ANALYZE)
+    assert done.exit_code == 0
+    sizes, exact = done.stdout.split("Exact rewrites")
+    assert [line.split()[0] for line in sizes.splitlines()[1:3]] == ["as", "after"]
+    assert exact.splitlines()[1].split() == ["pass", "site", "params", "saved", "nodes", "saved", "what"]
+    assert exact.splitlines()[2].split()[:4] == ["cleanup", "graph", "0", "1"]
+    assert "What could be saved" not in exact
+
+
 def test_passes_are_those_asked_for_and_long_lists_are_cut(network, monkeypatch):
     monkeypatch.setattr(command, "MOST", 2)
     done = network.run(*ANALYZE, *DATA, "--pass", "narrow-ffn:skip=false")
@@ -57,6 +68,16 @@ def test_passes_are_those_asked_for_and_long_lists_are_cut(network, monkeypatch)
     assert "... 1 more: --json has all" in done.stdout
     offered = done.stdout.split("What could be saved")[1].split("Left as it is")[0]
     assert offered.count("narrow-ffn:skip=False") == 3
+
+
+def test_what_is_left_is_cut_too(network, monkeypatch):
+    network.write_model(mlp([8, 2, 8, 2, 8, 2, 8], "Tanh"))
+    np.savez(network.folder / "calib.npz", x=rows(100, 8))
+    monkeypatch.setattr(command, "MOST", 1)
+    done = network.run(*ANALYZE, *DATA, "--pass", "collapse-ffn")
+    left = done.stdout.split("Left as it is")[1]
+    assert left.count("does not pay") == 1
+    assert "more: --json has all" in left
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from onnxcollapse.passes.collapse_layers import CollapseLayers
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
 from onnxcollapse.passes.refit import Refit
 
-from onnxcollapse import Budget, analyze, optimize
+from onnxcollapse import Budget, analyze, open_data, optimize
 from onnxcollapse.calibration import open_session
 from onnxcollapse.errors import DataError, MetricError
 from onnxcollapse.rewriting.journal import plain
+from onnxcollapse.verification import Verifier
 from tests.passes.layering import WIDTH, stream
 from tests.rewriting.test_merged import data as decoder_data
 from tests.rewriting.test_merged import decoder
 from tests.support import Net, data_for, mlp, rows
+from tests.verification.decoders import decoder as causal
+from tests.verification.decoders import windows
 
 X = rows(300, WIDTH)
 
@@ -85,6 +88,37 @@ def test_offers_are_what_optimize_chooses_from():
     assert ordered[0].impact < ordered[-1].impact
 
 
+def test_a_fit_that_does_worse_than_nothing_explains_nothing():
+    net, random = Net(0), np.random.default_rng(0)
+    waves = net.op("Sin", net.op("MatMul", "x", net.const(100 * random.normal(size=(16, 64)))))
+    net.op("MatMul", waves, net.const(random.normal(size=(64, 12))), name="y")
+    model = net.model({"x": ["n", 16]}, {"y": ["n", 12]})
+    (block,) = analyze(model, data_for(model, rows(20, 16)), passes=(Cleanup(),), provider="cpu").blocks
+    assert block.linearity == 0.0
+
+
+def test_what_works_in_optimize_alone_is_said():
+    model = stream(3)
+    data = data_for(model, X)
+    laco = CollapseLayers(merge="rdsc", search="laco", threshold=0.5)
+    for passes in ((laco, NarrowFfn(), Refit()), (Refit(),)):
+        found = analyze(model, data, passes=passes, provider="cpu")
+        (note,) = found.notes
+        assert note.startswith(f"{passes[0].describe()}: nothing to show here; what searches by itself")
+    assert not analyze(model, data, passes=(NarrowFfn(), Refit()), provider="cpu").notes
+
+
+def test_a_metric_of_whole_models_is_not_measured(monkeypatch):
+    model = causal((0, 1), hidden=48)
+    data = open_data({"input_ids": windows(60)}, model, batch_size=12)
+    monkeypatch.setattr(Verifier, "error", lambda *_: pytest.fail("it generates"))
+    found = analyze(model, data, metric="continuation", passes=(NarrowFfn(skip=False),), provider="cpu")
+    assert found.metric == "kl"
+    assert found.offers
+    (note,) = found.notes
+    assert note == "errors at the outputs are in kl: continuation is of whole models, in optimize"
+
+
 def test_no_error_is_too_large_to_be_told():
     model = stream(3)
     data = data_for(model, X)
@@ -99,6 +133,9 @@ def test_exact_rewrites_come_first_and_are_not_done():
     found = analyze(model, data_for(model, rows(100, 8)), provider="cpu")
     assert found.offers[0].impact is None
     assert found.offers[0].saving.nodes == 1
+    assert found.to_dict()["offers"][0]["nodes_saved"] == 1
+    assert found.tidied.nodes < found.size.nodes
+    assert found.to_dict()["after_exact"]["nodes"] == found.tidied.nodes
     assert found.size.nodes == len(model.graph)
     assert found.size.params == 8 * 32 + 32 + 32 * 12 + 12
 

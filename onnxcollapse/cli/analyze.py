@@ -10,7 +10,7 @@ import click
 
 from onnxcollapse.cli import options
 from onnxcollapse.cli.console import Bars, console, grouped, print_json, set_up_logging, table, user_code
-from onnxcollapse.errors import OptionError
+from onnxcollapse.cli.given import read
 
 if TYPE_CHECKING:
     from onnxcollapse.rewriting.analysis import Analysis, Offer
@@ -53,26 +53,14 @@ def analyze(
     With --calib also what every pass could save where, and at what error; nothing is written.
     """
     set_up_logging(verbose)
-    from onnxcollapse.calibration import open_data, parse_memory
-    from onnxcollapse.calibration.providers import chain
-    from onnxcollapse.model import Model
-    from onnxcollapse.rewriting import registry
     from onnxcollapse.rewriting.analysis import analyze as look
-    from onnxcollapse.verification.metrics import check as check_metric
 
     with user_code(), Bars(quiet=as_json) as progress:
-        check_metric(metric)
-        passes = registry.chosen(specs, {"align": align}, "params")
-        if provider != "auto":
-            chain(provider)  # an unknown one is an error, also where nothing will run on it
-        if calib is None and window is not None:
-            raise OptionError(f"--window {window}: there is no text to cut; give --calib text:FILE")
-        limit = None if memory is None else parse_memory(memory)
-        loaded = Model.load(model)
-        data = None if calib is None else open_data(calib, loaded, seed=seed, window=window)
-        found = look(
-            loaded, data, metric=metric, passes=passes, provider=provider, memory=limit, progress=progress
-        )
+        given = read(
+            model, calib, window=window, metric=metric, measure="params",
+            specs=specs, align=align, provider=provider, memory=memory, seed=seed,
+        )  # fmt: skip
+        found = look(given.model, given.data, metric=metric, progress=progress, **given.settings())
     print_json(found.to_dict()) if as_json else _show(found)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from onnxcollapse.cli.console import (
     table,
     user_code,
 )
-from onnxcollapse.errors import OptionError
+from onnxcollapse.cli.given import read
 
 if TYPE_CHECKING:
     from onnxcollapse.rewriting.budget import Budget
@@ -86,7 +85,15 @@ def optimize(
         destinations.check_folder(report_folder)
     with user_code():
         allowed = _budget(budget, metric, target_share)
-        result = _run(model, calib, window, allowed, specs, align, provider, seed, memory, quiet=as_json)
+        given = read(
+            model, calib, window=window, metric=metric,
+            measure=allowed.target.measure if allowed.target else None,
+            specs=specs, align=align, provider=provider, memory=memory, seed=seed,
+        )  # fmt: skip
+        with Bars(quiet=as_json) as progress:
+            result = pipeline.optimize(
+                given.model, given.data, budget=allowed, seed=seed, progress=progress, **given.settings()
+            )
     if not allow_partial:
         pipeline.require_met(result)
     summary = {**result.to_dict(), "peak_rss_bytes": peak_resident(), "output": target}
@@ -99,51 +106,10 @@ def optimize(
         fail(f"{missed}; wrote the best model all the same", 1)
 
 
-def _run(
-    model: str,
-    calib: str | None,
-    window: int | None,
-    budget: Budget,
-    specs: Sequence[str],
-    align: int,
-    provider: str,
-    seed: int,
-    memory: str | None,
-    *,
-    quiet: bool,
-) -> Result:
-    from onnxcollapse.calibration import open_data, parse_memory
-    from onnxcollapse.calibration.providers import chain
-    from onnxcollapse.model import Model
-    from onnxcollapse.rewriting import pipeline, registry
-
-    passes = registry.chosen(specs, {"align": align}, budget.target.measure if budget.target else None)
-    if provider != "auto":
-        chain(provider)  # an unknown one is an error, also where nothing will run on it
-    if calib is None and window is not None:
-        raise OptionError(f"--window {window}: there is no text to cut; give --calib text:FILE")
-    limit = None if memory is None else parse_memory(memory)
-    loaded = Model.load(model)
-    data = None if calib is None else open_data(calib, loaded, seed=seed, window=window)
-    with Bars(quiet=quiet) as progress:
-        return pipeline.optimize(
-            loaded,
-            data,
-            budget=budget,
-            passes=passes,
-            provider=provider,
-            seed=seed,
-            memory=limit,
-            progress=progress,
-        )
-
-
 def _budget(error: float | None, metric: str, target: str | None) -> Budget:
     """Builds the budget: one not given is 0.01, or none at all beside a target."""
     from onnxcollapse.rewriting.budget import Budget, Target
-    from onnxcollapse.verification.metrics import check as check_metric
 
-    check_metric(metric)
     wanted = None if target is None else Target.parse(target)
     return Budget(error if error is not None else (None if wanted else 0.01), metric, wanted)
 

@@ -11,6 +11,7 @@ import click
 
 from onnxcollapse.cli import destinations, options
 from onnxcollapse.cli.console import Bars, console, fail, print_json, set_up_logging, table, user_code
+from onnxcollapse.cli.given import read
 from onnxcollapse.errors import OptionError
 
 if TYPE_CHECKING:
@@ -72,29 +73,21 @@ def sweep(
     DIR gets a model for each target, sweep.csv, sweep.json and sweep.png.
     """
     set_up_logging(verbose)
-    from onnxcollapse.calibration import open_data, parse_memory
-    from onnxcollapse.calibration.providers import chain
-    from onnxcollapse.model import Model
-    from onnxcollapse.rewriting import registry
     from onnxcollapse.rewriting.frontier import frontier
-    from onnxcollapse.verification.metrics import check as check_metric
 
     targets = _targets(shares, measure)
     places = {target: _place(folder, model, target) for target in targets}
     _check(folder, list(places.values()), model, calib, evaluation)
     with user_code(), Bars(quiet=as_json) as progress:
-        check_metric(metric)
-        passes = registry.chosen(specs, {"align": align}, measure)
-        if provider != "auto":
-            chain(provider)  # an unknown one is an error before any work
-        limit = None if memory is None else parse_memory(memory)
-        loaded = Model.load(model)
-        data = open_data(calib, loaded, seed=seed, window=window)
+        given = read(
+            model, calib, window=window, metric=metric, measure=measure,
+            specs=specs, align=align, provider=provider, memory=memory, seed=seed,
+        )  # fmt: skip
+        loaded = given.model
         judge = None if evaluation is None else _Judge(loaded, evaluation, seed, window, metric, provider)
         results = frontier(
-            loaded, data, targets,
-            metric=metric, passes=passes, provider=provider, seed=seed, memory=limit, progress=progress,
-        )  # fmt: skip
+            loaded, given.data, targets, metric=metric, seed=seed, progress=progress, **given.settings()
+        )
         document = _begun(loaded, measure, metric, judge)
         missed = []
         for target, result in zip(targets, results, strict=True):

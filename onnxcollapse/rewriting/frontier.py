@@ -16,7 +16,7 @@ from onnxcollapse.rewriting.progress import Progress
 
 def frontier(
     model: Model,
-    data: Dataset,
+    data: Dataset | None,
     targets: Sequence[Target],
     *,
     error: float | None = None,
@@ -34,7 +34,7 @@ def frontier(
 
     Args:
         model: Left as it is.
-        data: Calibration data.
+        data: Calibration data; without it only exact rewrites run.
         targets: What is wanted, in the order of the results.
         error: Largest error accepted at the outputs; None for no cap.
         metric: Of that error, see `Budget`.

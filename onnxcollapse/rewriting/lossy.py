@@ -105,6 +105,8 @@ class LossyStage:
         self._waiting: dict[tuple[str, str, str], Candidate] = {}
         self._taken: list[Candidate] = []
         self._failure = _Failure()
+        self._failures: dict[frozenset[tuple[str, str, str]], _Failure] = {}
+        self._priced: list[Candidate] | None = None
         self._began = 0
         self.error = 0.0
         self.changed = False
@@ -180,13 +182,13 @@ class LossyStage:
         start, self._began = self._model.clone(), len(self._journal.entries)
         self._gone_before = self.gone
         self._done = {}
-        priced = self._price(start, self._candidates(start), number) if number else self._first(start)
+        priced = self._priced_anew(start, number)
         self._waiting |= {candidate.key: candidate for candidate in priced}
         refused, kept = len(self._refused), list[Candidate]()
 
         def attempt(group: Sequence[Candidate]) -> bool:
-            trial = self._attempt(start, [*kept, *group])
-            if trial is None or not self._fits(trial):
+            trial, _ = self._attempted(start, [*kept, *group])
+            if trial is None:
                 return False
             self._keep(trial)
             kept.extend(group)
@@ -206,7 +208,15 @@ class LossyStage:
         elif self._failure.tried:
             admit(ranked(self._failure.tried, self._measure), attempt, self._roll_back)
         self._note_savings(start, kept)
+        self._priced = None if kept else priced
         return bool(kept) or len(self._refused) > refused
+
+    def _priced_anew(self, start: Model, number: int) -> list[Candidate]:
+        """Prices candidates; behind a round that kept nothing all is known already, and some of it is refused."""
+        if self._priced is not None:
+            return [item for item in self._priced if (item.key, item.nodes) not in self._refused]
+        self._failures = {}
+        return self._price(start, self._candidates(start), number) if number else self._first(start)
 
     def _priced_error(self) -> float:
         """The error of the model as it is, in the metric of prices."""
@@ -226,10 +236,19 @@ class LossyStage:
         self._refused |= refused
         return list(priced)
 
-    def _attempted(self, start: Model, chosen: Sequence[Candidate]) -> tuple[Trial | None, bool]:
-        """A trial of a selection, and whether it is inside the budget."""
-        trial = self._attempt(start, chosen)
-        return trial, trial is not None and self._fits(trial)
+    def _attempted(self, start: Model, chosen: Sequence[Candidate]) -> tuple[Trial | None, float | None]:
+        """Builds and measures a selection: the trial where it is inside the budget, and the error where it has one.
+
+        What failed once of a model is not built again.
+        """
+        selection = frozenset(item.key for item in chosen)
+        if selection not in self._failures:
+            trial = self._attempt(start, chosen)
+            if trial is not None and self._fits(trial):
+                return trial, trial.error
+            self._failures[selection] = self._failure
+        self._failure = self._failures[selection]
+        return None, self._failure.error
 
     @property
     def _measure(self) -> str:

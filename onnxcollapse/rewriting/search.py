@@ -51,8 +51,8 @@ class Trial:
     repaired: tuple[tuple[Pass, Proposal], ...] = ()
 
 
-Attempt = Callable[[Model, Sequence[Candidate]], "tuple[Trial | None, bool]"]
-"""Builds and measures a selection; None where that fails, and whether it is inside the budget."""
+Attempt = Callable[[Model, Sequence[Candidate]], "tuple[Trial | None, float | None]"]
+"""Builds and measures a selection: the trial where it is inside the budget, and the error, None where it has none."""
 
 
 class Search:
@@ -99,8 +99,7 @@ class Search:
         if self._measure == LATENCY:
             return self._fast_enough(wanted)
         chosen = self._reaching(wanted)
-        trial, fits = self._attempt(self._start, [*self._kept, *chosen]) if chosen else (None, False)
-        return trial if fits else None
+        return self._attempt(self._start, [*self._kept, *chosen])[0] if chosen else None
 
     def _as_much_as_fits(self) -> Trial | None:
         """Saves as much as the budget allows: the error that is aimed at follows the one that was reached."""
@@ -114,18 +113,18 @@ class Search:
             if not chosen or selection in seen:
                 break
             seen.add(selection)
-            trial, fits = self._attempt(self._start, [*self._kept, *chosen])
-            if trial is None:
+            trial, error = self._attempt(self._start, [*self._kept, *chosen])
+            if error is None:
                 return best
-            if fits:
+            if trial is not None:
                 best, low = trial, aim
-                if trial.error >= NEAR * cap:
+                if error >= NEAR * cap:
                     break
-                further = aim * min(0.98 * cap / max(trial.error, 1e-12), 2.0)
+                further = aim * min(0.98 * cap / max(error, 1e-12), 2.0)
                 aim = min(further, (aim + high) / 2)
             else:
                 high = aim
-                aim = max(aim * max(0.95 * cap / trial.error, 0.25), (low + aim) / 2 if low else 0.0)
+                aim = max(aim * max(0.95 * cap / error, 0.25), (low + aim) / 2 if low else 0.0)
         return best
 
     def _as_much_as_turns_out_to_fit(self) -> Trial | None:
@@ -148,12 +147,13 @@ class Search:
                 if not left:
                     break
                 left -= 1
-                trial, known[selection] = self._attempt(self._start, [*self._kept, *chosen])
-                if trial is None:
+                trial, error = self._attempt(self._start, [*self._kept, *chosen])
+                if error is None:
                     return best
-                if known[selection]:
+                known[selection] = trial is not None
+                if trial is not None:
                     best = trial
-                    if trial.error >= NEAR * self._budget.cap:
+                    if error >= NEAR * self._budget.cap:
                         break
             if known.get(selection, True):  # also where nothing is as cheap
                 low = aim
@@ -182,8 +182,8 @@ class Search:
             selection = frozenset(item.key for item in chosen)
             if not chosen or selection in seen:
                 break
-            trial, fits = self._attempt(self._start, [*self._kept, *chosen])
-            if trial is None or not fits:
+            trial, _ = self._attempt(self._start, [*self._kept, *chosen])
+            if trial is None:
                 break
             seen.add(selection)
             missing = self._extents.missing(trial.model)

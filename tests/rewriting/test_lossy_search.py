@@ -10,11 +10,14 @@ import pytest
 from onnxcollapse.passes.collapse_ffn import CollapseFfn
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
 
-from onnxcollapse import Budget, Target, optimize
+from onnxcollapse import Budget, Target, open_data, optimize
 from onnxcollapse.model import size
+from onnxcollapse.rewriting.fitting import Fitter
+from onnxcollapse.rewriting.pricing import Pricer
 from onnxcollapse.structure import hidden_layers
 from tests.passes.narrowing import correlated, heldout
 from tests.support import Net, data_for, mlp, outputs, relative, rows
+from tests.verification.decoders import decoder, windows
 
 
 @pytest.fixture(autouse=True)
@@ -185,3 +188,31 @@ def test_later_rounds_count_the_error_of_earlier_ones_once():
     result = shrink(model, x, 0.6)
     assert result.met
     assert min(widths(result.model)) < 8
+
+
+def test_nothing_is_priced_or_built_twice_for_one_model(monkeypatch):
+    """Rounds that keep nothing leave the model as it is, and with it what is known of it.
+
+    There are several where prices are in another metric, so that they only give the order.
+    """
+    tried, priced = [], []
+    realize, price = Fitter.realize, Pricer.price
+
+    def noting_selections(self, start, chosen):
+        tried.append((start.to_bytes(), tuple(sorted(item.key for item in chosen))))
+        return realize(self, start, chosen)
+
+    def noting_models(self, candidates, *rest):
+        priced.append(self._model.to_bytes())
+        return price(self, candidates, *rest)
+
+    monkeypatch.setattr(Fitter, "realize", noting_selections)
+    monkeypatch.setattr(Pricer, "price", noting_models)
+    model = decoder((0, 1), hidden=48)
+    data = open_data({"input_ids": windows(36)}, model, batch_size=12)
+    budget = Budget(0.2, "continuation")
+    result = optimize(model, data, budget=budget, passes=[NarrowFfn(skip=False)], provider="cpu")
+    assert result.journal.of("kept")
+    assert len([entry for entry in result.journal if entry.outcome == "rolled-back"]) > 2
+    assert len(set(tried)) == len(tried) > 10
+    assert len(set(priced)) == len(priced) < 6

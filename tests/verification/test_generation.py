@@ -151,8 +151,8 @@ def test_compare_generates_on_request_only():
 @pytest.mark.parametrize("target", [None, Target("params", 0.85)])
 @pytest.mark.parametrize("name", ["continuation", "perplexity"])
 def test_a_model_is_made_smaller_under_a_budget_of_it(name, target):
-    model = decoder((0, 1, 2), hidden=48)
-    data = open_data({"input_ids": windows(60)}, model, batch_size=12)
+    model = decoder((0, 1), hidden=48)
+    data = open_data({"input_ids": windows(36)}, model, batch_size=12)
     budget = Budget(0.3 if name == "continuation" else 0.02, name, target)
     passes = [NarrowFfn(skip=False)]
     result = optimize(model, data, budget=budget, passes=passes, provider="cpu")

@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 
 # One process for each core and one thread each: what tests multiply is too small for threads to help.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

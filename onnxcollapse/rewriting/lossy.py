@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -23,7 +23,8 @@ from onnxcollapse.model import Model
 from onnxcollapse.rewriting.budget import Budget
 from onnxcollapse.rewriting.extents import Extents
 from onnxcollapse.rewriting.fitting import Fitter, Place, apply
-from onnxcollapse.rewriting.journal import Entry, Journal, Outcome
+from onnxcollapse.rewriting.journal import Journal, Outcome
+from onnxcollapse.rewriting.notes import Notes
 from onnxcollapse.rewriting.opening import Opening
 from onnxcollapse.rewriting.passes import Pass, blamed, offers_of, sites_of
 from onnxcollapse.rewriting.pricing import Pricer
@@ -95,7 +96,7 @@ class LossyStage:
         self._done: dict[tuple[str, str, str], Proposal] = {}
         self._verifier = verifier
         self._budget = budget
-        self._journal = journal
+        self._journal, self._notes = journal, Notes(journal)
         self._plan = plan
         self._progress = progress or Progress()
         self._fitter = Fitter(model.alone().clone(), data, plan, provider, self._progress)
@@ -107,7 +108,6 @@ class LossyStage:
         self._failure = _Failure()
         self._failures: dict[frozenset[tuple[str, str, str]], _Failure] = {}
         self._priced: list[Candidate] | None = None
-        self._began = 0
         self.error = 0.0
         self.changed = False
         self.gone: frozenset[str] = frozenset()
@@ -125,7 +125,7 @@ class LossyStage:
         done = {other.key[:2] for other in self._taken}
         for candidate in [other for key, other in self._waiting.items() if key[:2] not in done]:
             self._note(candidate, "declined", self._why_passed_over(candidate))
-        self._note_idle_repairs()
+        self._notes.idle(self._repairs, changed=self.changed)
 
     def look(self) -> list[Candidate]:
         """What the passes offer for the model as it is, priced; nothing is applied."""
@@ -135,7 +135,7 @@ class LossyStage:
         """Applies what a pass has found by a search of its own, as much of it as the budget allows."""
         with blamed(maker):
             planned = maker.plan(self._model, FinalState(self._model, self._data, self._provider))
-        name, count = maker.describe(), len(planned)
+        count = len(planned)
         while count:
             trial = self._model.clone()
             for proposal in planned[:count]:
@@ -148,16 +148,7 @@ class LossyStage:
                 self.gone = self.gone.union(*(proposal.gone for proposal in planned[:count]))
                 break
             count //= 2
-        for place, item in enumerate(planned):
-            outcome: Outcome = "kept" if place < count else "rolled-back"
-            reason = (
-                item.detail if place < count else f"{item.detail}; over the budget of {self._budget.cap:g}"
-            )
-            self._journal.add(
-                Entry(outcome, name, item.site, item.variant, reason, item.predicted_error, None, self.error)
-            )
-        if not planned:
-            self._journal.add(Entry("declined", name, "graph", reason="its own search accepted nothing"))
+        self._notes.searched(maker, planned, count, self.error, self._budget.cap)
 
     def _is_sound(self, trial: Model) -> bool:
         try:
@@ -179,7 +170,8 @@ class LossyStage:
 
     def _round(self, number: int) -> bool:
         """Prices, chooses and applies; returns whether another round has something new to look at."""
-        start, self._began = self._model.clone(), len(self._journal.entries)
+        start = self._model.clone()
+        self._notes.begin()
         self._gone_before = self.gone
         self._done = {}
         priced = self._priced_anew(start, number)
@@ -261,12 +253,12 @@ class LossyStage:
         found = []
         for place, statistics in self._fitter.statistics(model, places):
             if isinstance(statistics, Decline):
-                self._decline(place.maker, statistics)
+                self._notes.declined(place.maker, statistics)
                 continue
             offers = []
             for offer in offers_of(place.maker, place.site, statistics):
                 if isinstance(offer, Decline):
-                    self._decline(place.maker, offer)
+                    self._notes.declined(place.maker, offer)
                 else:
                     offers.append(place.candidate(offer))
             self._offered[place.key] = frozenset((item.key, item.nodes) for item in offers)
@@ -279,7 +271,7 @@ class LossyStage:
             return  # applied or refused already, and meant to run once
         for site in sites_of(item, model):
             if isinstance(site, Decline):
-                self._decline(item, site)
+                self._notes.declined(item, site)
                 continue
             place = Place.of(item, site, order)
             offered = self._offered.get(place.key)
@@ -349,38 +341,9 @@ class LossyStage:
             proposal = trial.done[candidate.key]
             refitted = dataclasses.replace(candidate, proposal=proposal)
             self._note(refitted, "kept", proposal.detail, trial.error)
-        self._note_new_fits(trial.done)
+        self._notes.fitted(trial.done)
         self._done = dict(trial.done)
-        self._note_repairs(trial)
-
-    def _note_repairs(self, trial: Trial) -> None:
-        """Notes what was refitted; a later selection of the same round begins anew, and so do its repairs."""
-        entries, makers = self._journal.entries, {item.describe() for item in self._repairs}
-        entries[self._began :] = [e for e in entries[self._began :] if e.pass_name not in makers]
-        for maker, proposal in trial.repaired:
-            predicted, site = proposal.predicted_error, proposal.site
-            self._journal.add(
-                Entry("kept", maker.describe(), site, "", proposal.detail, predicted, None, trial.error)
-            )
-
-    def _note_idle_repairs(self) -> None:
-        """Says of each pass that repairs and did nothing why that is."""
-        nothing = "nothing lossy was kept that it could repair; run it beside passes that save something"
-        for maker in self._repairs:
-            name = maker.describe()
-            if all(entry.pass_name != name for entry in self._journal.of("kept")):
-                reason = "refitting lowered the error nowhere" if self.changed else nothing
-                self._journal.add(Entry("declined", name, "graph", reason=reason))
-
-    def _note_new_fits(self, done: Mapping[tuple[str, str, str], Proposal]) -> None:
-        """Lets the entries of what this round kept before say how it was fitted in the end."""
-        entries = self._journal.entries
-        for index, entry in enumerate(entries[self._began :], self._began):
-            proposal = done.get((entry.pass_name, entry.site, entry.variant))
-            if proposal is not None and entry.outcome == "kept":
-                entries[index] = dataclasses.replace(
-                    entry, reason=proposal.detail, predicted_error=proposal.predicted_error
-                )
+        self._notes.repaired(self._repairs, trial.repaired, trial.error)
 
     def _note_savings(self, start: Model, kept: Sequence[Candidate]) -> None:
         """Lets the entries of what a round kept say what each saved: alone, neighbours count what they share twice."""
@@ -389,15 +352,7 @@ class LossyStage:
         except ModelError as problem:
             logger.debug("savings are those of each alone: %s", problem)
             return
-        entries = self._journal.entries
-        for index, entry in enumerate(entries[self._began :], self._began):
-            saving = savings.get((entry.pass_name, entry.site, entry.variant))
-            if saving is not None and entry.outcome == "kept":
-                saving = dataclasses.replace(saving, latency=entry.saving.latency)
-                entries[index] = dataclasses.replace(entry, saving=saving)
-
-    def _decline(self, item: Pass, decline: Decline) -> None:
-        self._journal.add(Entry("declined", item.describe(), decline.site, reason=decline.reason))
+        self._notes.saved(savings)
 
     def _roll_back(self, candidate: Candidate) -> None:
         self._refuse(candidate, "rolled-back", self._failure.reason, self._failure.error)
@@ -424,9 +379,4 @@ class LossyStage:
 
     def _note(self, candidate: Candidate, outcome: Outcome, reason: str, error: float | None = None) -> None:
         self._waiting.pop(candidate.key, None)
-        maker, site, variant = candidate.key
-        predicted = candidate.proposal.predicted_error
-        impact = candidate.impact if math.isfinite(candidate.impact) else None
-        self._journal.add(
-            Entry(outcome, maker, site, variant, reason, predicted, impact, error, candidate.saving)
-        )
+        self._notes.candidate(candidate, outcome, reason, error)

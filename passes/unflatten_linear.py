@@ -23,7 +23,7 @@ from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
 from onnxcollapse.structure import folded
-from onnxcollapse.structure.sizes import Axis, ShapeReader, inferred
+from onnxcollapse.structure.sizes import ShapeReader
 
 BROADCASTS = 7
 """The first opset whose Add broadcasts by itself."""
@@ -70,7 +70,7 @@ class UnflattenLinear(Pass):
         found = [site for node in model.graph if (site := _flattened(node)) is not None]
         if not found or model.ir.opset_imports.get("", BROADCASTS) < BROADCASTS:
             return
-        reader = ShapeReader(inferred(model))
+        reader = ShapeReader(model)
         for site in found:
             reason = _objection(site, reader)
             yield site if reason is None else Decline(site.name, reason)
@@ -148,13 +148,11 @@ def _objection(site: Flattened, reader: ShapeReader) -> str | None:
     if bias is not None and len(bias.shape) > len(shape):
         return "its bias has more axes than what is flattened"
     flat, whole = reader.read(site.first.inputs[1]), reader.read(site.last.inputs[1])
-    end = Axis(source, len(shape) - 1)
-    if flat is None or len(flat) != 2 or flat[0] != -1 or flat[1] not in (d_in, end) or 0 in flat:
+    if flat is None or len(flat) != 2 or flat[0] != -1 or flat[1] not in (d_in, shape[-1]) or 0 in flat:
         return "the Reshape before it does not flatten the leading axes alone"
-    if shape[-1] not in (None, d_in) or (shape[-1] is None and flat[1] != end):
-        return "the last axis of what is flattened is not known to be the Linear's input"
-    before = [Axis(source, axis) if size is None else size for axis, size in enumerate(shape[:-1])]
-    if whole is None or len(whole) != len(shape) or 0 in whole or not _restores(whole, before, d_out):
+    if d_in != shape[-1] != flat[1]:
+        return "the last axis of what is flattened is not known to be the Linear's input: heads may be merged"
+    if whole is None or len(whole) != len(shape) or 0 in whole or not _restores(whole, shape[:-1], d_out):
         return "the Reshape behind it does not restore the leading axes"
     return None
 

@@ -247,3 +247,40 @@ def test_what_a_file_declares_of_inner_tensors_proves_nothing():
 def test_a_cast_that_changes_numbers_is_read_as_such(kind):
     assert not kept_rewrites(swapped(("n", "t", WIDTH), cast=kind))
     assert kept_rewrites(swapped(("n", "t", WIDTH), cast=6))
+
+
+def decoder(*, steps=(0, 1), shape=("n", "t"), back=(0, 1)):
+    """Reads its sizes from the token ids, as torch's newer exporter writes decoders: inference alone names few."""
+    net = Flat(4)
+    length = net.op("Squeeze", net.op("Shape", "x", start=1, end=2))
+    view = net.joined(net.numbers(-1), net.op("Shape", "x", start=1, end=2))
+    ids = net.op("Reshape", net.op("Cast", "x", to=7), view, allowzero=1)
+    words = net.op("Gather", net.const(net.random.normal(size=(9, WIDTH))), ids)
+    start, step = (net.const(number, dtype=np.int64) for number in steps)
+    places = net.op("Unsqueeze", net.op("Range", start, length, step), net.numbers(0))
+    h = net.op("Add", words, net.op("Gather", net.const(net.random.normal(size=(16, WIDTH))), places))
+
+    def linear(h, d_in, d_out, name=None):
+        made = net.gemm(net.op("Reshape", h, net.numbers(-1, d_in)), d_in, d_out)
+        sizes = [net.op("Shape", "x", start=axis, end=axis + 1) for axis in back]
+        return net.op("Reshape", made, net.joined(*sizes, net.numbers(d_out)), name=name)
+
+    linear(net.op("Tanh", linear(h, WIDTH, HIDDEN)), HIDDEN, WIDTH, "y")
+    return net.made(shape, ("a", "b", WIDTH))
+
+
+@pytest.mark.parametrize("shape", [("n", "t"), (None, None), (None, "t")])
+def test_sizes_are_followed_to_the_inputs_that_they_are_of(shape):
+    model = decoder(shape=shape)
+    result = optimize(model, passes=[UnflattenLinear(), Cleanup()])
+    assert kinds(result.model).count("MatMul") == 2
+    assert len(feedforwards(result.model.graph)[0]) == 1
+    for sizes in ((3, 5), (2, 7), (1, 1)):
+        x = np.random.default_rng(0).integers(0, 9, sizes).astype(np.float32)
+        np.testing.assert_allclose(outputs(result.model, x=x)["y"], outputs(model, x=x)["y"], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"steps": (1, 1)}, {"steps": (0, 2)}, {"back": (1, 0)}])
+def test_sizes_that_are_others_are_told_apart(options):
+    (entry,) = kept_rewrites(decoder(**options))
+    assert entry.site == "y", "it restores what the first one made, whatever that is"

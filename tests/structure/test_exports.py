@@ -10,7 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcollapse import Model, optimize
 from onnxcollapse.structure import feedforwards, layers, linears, main_output, ranges, spine
+from tests.support import outputs as run_whole
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
@@ -18,7 +20,7 @@ pytest.importorskip("onnxscript")
 EXPORTERS = [("torchscript", 11), ("torchscript", 17), ("dynamo", 18)]
 
 
-def export(module, arguments, names, exporter, opset, tmp_path, outputs=("out",)):
+def export(module, arguments, names, exporter, opset, tmp_path, outputs=("out",), shapes=None):
     module.eval()
     with torch.no_grad():  # equal tensors (zero biases) would be stored once
         for parameter in module.parameters():
@@ -37,7 +39,7 @@ def export(module, arguments, names, exporter, opset, tmp_path, outputs=("out",)
         else:
             program = torch.onnx.export(
                 module, arguments, input_names=list(names), output_names=list(outputs), opset_version=opset,
-                dynamo=True, verbose=False,
+                dynamo=True, verbose=False, dynamic_shapes=shapes,
             )  # fmt: skip
             path = tmp_path / "model.onnx"
             program.save(path)
@@ -279,3 +281,30 @@ def test_gated_decoder(run, tmp_path):
     check_linears(exported, run, feeds)
     assert [len(found) for found in layers(exported.graph)] == [3]
     assert spine(exported.graph)[0].name == "ids"
+
+
+def test_sizes_of_a_decoder_are_read_from_its_ids(tmp_path):
+    """Of GPT-2, whose Linears are `addmm`: blocks are there once these read tokens as they are."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=2, use_cache=False
+    )
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = transformers.GPT2LMHeadModel(config)
+
+        def forward(self, input_ids):
+            return self.decoder(input_ids=input_ids).logits
+
+    ids = torch.randint(0, 31, (2, 9))
+    shapes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=31)}}
+    export(Logits(), (ids,), ["ids"], "dynamo", 18, tmp_path, shapes=shapes)
+    model = Model.load(tmp_path / "model.onnx")
+    assert not feedforwards(model.graph)[0]
+    found = optimize(model).model
+    assert len(feedforwards(found.graph)[0]) == 2
+    for sizes in ((3, 7), (1, 20)):
+        x = np.random.default_rng(0).integers(0, 31, sizes)
+        np.testing.assert_allclose(run_whole(found, ids=x)["out"], run_whole(model, ids=x)["out"], atol=1e-5)

@@ -84,7 +84,7 @@ class _Reel:
         return len(self._entries[0][1])
 
     def put(self, array: np.ndarray) -> None:
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # ascontiguousarray would make a number a list of one
         if self._end + array.nbytes > IN_MEMORY:
             self._file.rollover()  # before it is written, or memory holds it twice
         self._file.seek(self._end)

@@ -94,14 +94,21 @@ def optimize(
             result = pipeline.optimize(
                 given.model, given.data, budget=allowed, seed=seed, progress=progress, **given.settings()
             )
-    if not allow_partial:
-        pipeline.require_met(result)
-    summary = {**result.to_dict(), "peak_rss_bytes": peak_resident(), "output": target}
+    missed = pipeline.shortfall(result)
+    written = missed is None or allow_partial
+    summary = {
+        **result.to_dict(), "peak_rss_bytes": peak_resident(), "output": target if written else None,
+    }  # fmt: skip
     if report_folder is not None:
         write_report(result, summary, Path(report_folder))
-    result.model.save(target)
-    print_json(summary) if as_json else _show(result, summary)
-    missed = pipeline.shortfall(result)
+    if written:
+        result.model.save(target)
+    if as_json:
+        print_json(summary)
+    elif written:
+        _show(result, summary)
+    if not written:
+        pipeline.require_met(result)
     if missed is not None:
         fail(f"{missed}; wrote the best model all the same", 1)
 

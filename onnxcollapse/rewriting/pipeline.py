@@ -274,6 +274,7 @@ def require_met(result: Result) -> None:
     """Raises `BudgetNotMetError` when a result misses its budget or target."""
     missed = shortfall(result)
     if missed is not None:
+        raised = "" if result.budget.error is None else " raise the budget,"
         raise BudgetNotMetError(
-            f"{missed}; ask for less, raise the budget, or write the best model with --allow-partial"
+            f"{missed}; ask for less,{raised} or write the best model with --allow-partial"
         )

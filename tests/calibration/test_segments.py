@@ -142,10 +142,13 @@ def test_statistics_again_after_an_edit_in_the_same_segment(model, data):
 def test_tapes_give_back_what_was_put_and_forget_what_is_dropped():
     tape = Tape()
     arrays = [np.arange(n, dtype=np.float16).reshape(1, n) for n in (3, 0, 5)]
+    arrays += [arrays[0].T, np.array(7, np.float16)]  # columns, and one number
     for array in arrays:
         tape.put("a", array)
-    for number in (2, 0, 1):
-        np.testing.assert_array_equal(tape.get("a", number), arrays[number])
+    for number in (2, 0, 1, 4, 3):
+        found = tape.get("a", number)
+        assert found.shape == arrays[number].shape
+        np.testing.assert_array_equal(found, arrays[number])
     tape.drop(["a"])
     assert "a" not in tape
 

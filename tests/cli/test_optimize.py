@@ -113,20 +113,20 @@ def test_the_report_folder(workspace):
 
 def test_a_target_out_of_reach_writes_nothing_unless_asked_to(workspace):
     target = ("--target", "params=0.01", "--budget", "0.5")
-    line = workspace.refused(
-        "optimize",
-        "model.onnx",
-        "-o",
-        "out.onnx",
-        "--calib",
-        "calib.npz",
-        *target,
-        "--report",
-        "rep",
-        status=1,
-    )
+    command = ("optimize", "model.onnx", "-o", "out.onnx", "--calib", "calib.npz")
+    line = workspace.refused(*command, *target, status=1)
     assert "params=0.01 not met" in line
-    assert "--allow-partial" in line
+    assert "raise the budget, or write the best model with --allow-partial" in line
+    before = (workspace.folder / "out.onnx").read_bytes()
+    result = workspace.optimize(*target, "--json", "--report", "rep")
+    one_line(result.stderr, result.exit_code, status=1)
+    found = json.loads(result.stdout)
+    assert (found["met"], found["output"]) == (False, None)
+    assert found["rewrites"]
+    assert (workspace.folder / "out.onnx").read_bytes() == before
+    assert "misses what was asked for" in (workspace.folder / "rep" / "report.html").read_text()
+    result = workspace.optimize("--target", "params=0.01")
+    assert "raise the budget" not in one_line(result.stderr, result.exit_code, status=1)
     result = workspace.optimize(*target, "--allow-partial", "--json", "--report", "rep")
     line = one_line(result.stderr, result.exit_code, status=1)
     assert "params=0.01 not met" in line

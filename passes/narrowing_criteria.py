@@ -102,6 +102,8 @@ def by_residual(
 ) -> list[Fitted]:
     """Subset and refit (METHODS 0) without a path, and with one where that pays.
 
+    What stays is held near its own outgoing weights: only what the others took along has to be made up for.
+
     Args:
         layer: The hidden layer.
         fit: Sums of [x?, features, y] that are fitted to.
@@ -113,13 +115,17 @@ def by_residual(
     """
     place = 2 if with_input else 1
     fitted = functools.partial(
-        eliminate, fit, heldout, group=layer.group, weights=importance, one_ridge=only is None
+        eliminate,
+        fit,
+        heldout,
+        group=layer.group,
+        weights=importance,
+        one_ridge=only is None,
+        prior=layer.matrix(),
     )
-    found = []
     plain = counts if only is None else [c for c in counts if only.path == "none"]
-    if plain:
-        fits = fitted(place, place + 1, plain)
-        found += [_of(Choice(count), fit) for count, fit in zip(plain, fits, strict=True)]
+    plains = fitted(place, place + 1, plain) if plain else []
+    found = [_of(Choice(count), fit) for count, fit in zip(plain, plains, strict=True)]
     if not with_input:
         return found
     paying = [count for count in counts if layer.width - count > pays_from(layer)]
@@ -128,13 +134,13 @@ def by_residual(
     elif layer.width > FEW:
         paying = paying[::-1][::3]
     if paying and (only is None or only.path != "none"):
-        ridges = (found[0].ridge,) if only is None and found else RIDGES  # near enough for a ladder
-        fits = fitted(2, 3, paying, fixed=1, ridges=ridges)
+        known = plains[0].elimination if only is None and plains else None  # near enough for a ladder
+        fits = fitted(2, 3, paying, fixed=1, elimination=known)
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
             if layer.d_out > path_rank(fit.widths[0]) and (only is None or only.path == "low"):
-                found.append(_limited(count, whole, fit, heldout))
+                found.append(_limited(layer, whole, fit, heldout))
     return found
 
 
@@ -170,7 +176,9 @@ def by_score(
     for count in counts:
         keep = np.sort(order[:count])
         if refit:
-            found.append(_of(Choice(count), refit_subset(fit, heldout, 1, 2, keep, group=layer.group)))
+            found.append(
+                _of(Choice(count), refit_subset(fit, heldout, 1, 2, keep, group=layer.group, prior=outgoing))
+            )
             continue
         matrix, offset = (
             outgoing.reshape(layer.width, layer.group, -1)[keep].reshape(-1, layer.d_out),
@@ -246,7 +254,7 @@ def _with_path(count: int, found: SubsetFit, width: int) -> Fitted:
     return Fitted(Choice(count, "full"), found.keep, matrix, found.offset, found.error, detail, (skip,))
 
 
-def _limited(count: int, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix) -> Fitted:
+def _limited(layer: HiddenLayer, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix) -> Fitted:
     """Limits the rank of a path by reduced-rank regression given the channels that stay, and fits all again.
 
     The path x S counts for what the kept features a cannot say: with C = Cov(x | a), the leading eigenvectors V of
@@ -258,11 +266,17 @@ def _limited(count: int, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix)
     C = _conditional(fit, fit.columns(1), fit.columns(2)[whole.keep])
     basis = path @ leading(path.T @ C @ path, rank)
     here, there = fit.projected(0, basis), heldout.projected(0, basis)
-    found = refit_subset(here, there, 2, 3, whole.keep, fixed=1, ridges=(whole.ridge,))
+    found = refit_subset(here, there, 2, 3, whole.keep, fixed=1, ridges=(whole.ridge,), prior=layer.matrix())
     detail = f"rank {rank}, ridge {found.ridge:g}"
     skip = (basis, found.matrix[:rank])
     return Fitted(
-        Choice(count, "low"), found.keep, found.matrix[rank:], found.offset, found.error, detail, skip
+        Choice(len(whole.keep), "low"),
+        found.keep,
+        found.matrix[rank:],
+        found.offset,
+        found.error,
+        detail,
+        skip,
     )
 
 

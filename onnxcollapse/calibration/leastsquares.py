@@ -125,8 +125,10 @@ def ridge_fit(
     if spectrum is not None and rank is None and prior is None and len(ridges) > 1:
         ridges = spectrum.best(problem, errors, ridges)
     fits = []
+    right = problem.C if prior is None else problem.C - problem.G @ prior
     for ridge in sorted(ridges, reverse=True):
-        matrix, basis = _solve(problem, ridge, rank, prior)
+        matrix, basis = _solve(problem.G, right, ridge, rank)
+        matrix = matrix if prior is None else prior + matrix
         offset = problem.y_mean - problem.x_mean @ matrix
         fits.append((errors.relative(matrix, offset), matrix, offset, ridge, basis))
     error, matrix, offset, ridge, basis = min(fits, key=lambda candidate: candidate[0])
@@ -313,15 +315,13 @@ class _Errors:
 
 
 def _solve(
-    problem: Problem, ridge: float, rank: int | None, prior: np.ndarray | None
+    G: np.ndarray, right: np.ndarray, ridge: float, rank: int | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    right = problem.C if prior is None else problem.C - problem.G @ prior
-    matrix = ridge_solve(problem.G, right, ridge)
-    basis = None
-    if rank is not None:
-        basis = leading(matrix.T @ problem.G @ matrix, rank)
-        matrix = matrix @ basis @ basis.T
-    return (matrix if prior is None else prior + matrix), basis
+    matrix = ridge_solve(G, right, ridge)
+    if rank is None:
+        return matrix, None
+    basis = leading(matrix.T @ G @ matrix, rank)
+    return matrix @ basis @ basis.T, basis
 
 
 def ridge_solve(G: np.ndarray, C: np.ndarray, ridge: float) -> np.ndarray:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from onnxcollapse.errors import OptionError
 
 DEAD = 1e-12  # variance relative to the mean variance, or to the squared mean: nothing but rounding
 SAMPLED_TARGETS = 512  # enough to choose the ridge of the elimination by
+PRIOR_RIDGES = (*RIDGES, 1.0)  # what stays near weights that were good may be held there by more
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class SubsetFit:
             then of the kept groups.
         offset: float64 [q].
         ridge: The strength chosen on the held-out rows.
+        elimination: The one that the groups were chosen with; None where they were given.
         fit_error: sqrt(E|y - fit|^2 / E|y|^2) on the rows fitted to.
         error: The same on the held-out rows.
     """
@@ -37,6 +39,7 @@ class SubsetFit:
     ridge: float
     fit_error: float
     error: float
+    elimination: float | None = None
 
 
 def eliminate(
@@ -48,9 +51,11 @@ def eliminate(
     *,
     fixed: Selector = (),
     group: int = 1,
-    ridges: Sequence[float] = RIDGES,
+    ridges: Sequence[float] | None = None,
     weights: np.ndarray | None = None,
     one_ridge: bool = False,
+    prior: np.ndarray | None = None,
+    elimination: float | None = None,
 ) -> list[SubsetFit]:
     """Keeps the groups of features that the targets can least do without, and fits the targets to them again.
 
@@ -68,10 +73,14 @@ def eliminate(
         counts: How many groups to keep, one fit each; 0 leaves the fixed features and the bias.
         fixed: Columns of the features that always stay, such as a skip path's input.
         group: Features that leave together.
-        ridges: Strengths to try, relative to the mean feature variance.
+        ridges: Strengths to try, relative to the mean feature variance; RIDGES by default, PRIOR_RIDGES with a prior.
         weights: float64 [q], what the squared error of each target counts in the choice of the groups; the
             refit, the choice of the ridge and the errors do not depend on it.
-        one_ridge: Refit every count with the strength that is best for all groups, which takes a quarter of the time.
+        one_ridge: Refit every count with one strength, which takes a quarter of the time: the one that is best for all
+            groups or, with a prior, for the count in the middle.
+        prior: float64 [groups * group, q]: weights that the removable features had, which those that stay are held
+            near; fixed features have none and are held near 0. None to hold all near 0.
+        elimination: Strength to choose groups with; None to look for the one that is best for all of them.
 
     Returns:
         A fit for each count, in their order; the smaller sets are parts of the larger.
@@ -85,15 +94,19 @@ def eliminate(
     if not len(counts) or any(count != int(count) or not 0 <= count <= groups for count in counts):
         raise OptionError(f"counts {tuple(counts)} of must be whole and 0 to {groups}; correct them")
     _check_weights(weights, len(layout.targets))
-    if one_ridge:
+    ridges = _ridges(ridges, prior)
+    if elimination is None:
         everything = np.concatenate([layout.fixed, layout.removable.ravel()])
-        ridges = (_elimination_ridge(fit, heldout, everything, layout, ridges),)
-    order = _order(fit, heldout, layout, groups - int(min(counts)), ridges, weights)
-    fits: dict[int, SubsetFit] = {}
-    for count in set(map(int, counts)):
-        keep = np.setdiff1d(np.arange(groups), order[: groups - count])
-        fits[count] = _refit(fit, heldout, layout, keep, ridges)
-    return [fits[int(count)] for count in counts]
+        elimination = _elimination_ridge(fit, heldout, everything, layout, ridges)
+    order = _order(fit, layout, groups - int(min(counts)), elimination, weights)
+    kept = {count: np.setdiff1d(np.arange(groups), order[: groups - count]) for count in map(int, counts)}
+    if one_ridge and prior is None:
+        ridges = (elimination,)
+    elif one_ridge:
+        middle = sorted(kept)[len(kept) // 2]
+        ridges = (_refit(fit, heldout, layout, kept[middle], ridges, prior).ridge,)
+    fits = {count: _refit(fit, heldout, layout, keep, ridges, prior) for count, keep in kept.items()}
+    return [replace(fits[int(count)], elimination=elimination) for count in counts]
 
 
 def refit_subset(
@@ -105,7 +118,8 @@ def refit_subset(
     *,
     fixed: Selector = (),
     group: int = 1,
-    ridges: Sequence[float] = RIDGES,
+    ridges: Sequence[float] | None = None,
+    prior: np.ndarray | None = None,
 ) -> SubsetFit:
     """Fits the targets to a given set of groups: the control for sets chosen by other criteria.
 
@@ -117,7 +131,8 @@ def refit_subset(
         keep: The groups that stay, in any order.
         fixed: Columns of the features that always stay.
         group: Features of a group.
-        ridges: Strengths to try, relative to the mean feature variance.
+        ridges: Strengths to try, as for `eliminate`.
+        prior: Weights to stay near, as for `eliminate`.
 
     Returns:
         The fit of that set.
@@ -130,7 +145,7 @@ def refit_subset(
     groups = len(layout.removable)
     if len(kept) != len(keep) or (len(kept) and not 0 <= kept[0] <= kept[-1] < groups):
         raise OptionError(f"groups to keep must differ and be 0 to {groups - 1}; correct the set")
-    return _refit(fit, heldout, layout, kept, ridges)
+    return _refit(fit, heldout, layout, kept, _ridges(ridges, prior), prior)
 
 
 @dataclass(frozen=True)
@@ -164,13 +179,14 @@ class _Layout:
         return cls(columns.reshape(-1, group), fit.columns(targets), stay)
 
 
+def _ridges(ridges: Sequence[float] | None, prior: np.ndarray | None) -> Sequence[float]:
+    if ridges is not None:
+        return ridges
+    return RIDGES if prior is None else PRIOR_RIDGES
+
+
 def _order(
-    fit: GramMatrix,
-    heldout: GramMatrix,
-    layout: _Layout,
-    removals: int,
-    ridges: Sequence[float],
-    weights: np.ndarray | None,
+    fit: GramMatrix, layout: _Layout, removals: int, ridge: float, weights: np.ndarray | None
 ) -> np.ndarray:
     """The first `removals` groups to leave: the constant ones, then as the surgeon decides."""
     dead = _dead(fit, layout)
@@ -179,7 +195,6 @@ def _order(
         return first
     alive = np.flatnonzero(~dead)
     features = layout.removable[alive]
-    ridge = _elimination_ridge(fit, heldout, np.concatenate([layout.fixed, features.ravel()]), layout, ridges)
     rest = removal_order(
         fit, layout.fixed, features, layout.targets, removals - len(first), ridge=ridge, weights=weights
     )
@@ -206,10 +221,19 @@ def _elimination_ridge(
 
 
 def _refit(
-    fit: GramMatrix, heldout: GramMatrix, layout: _Layout, keep: np.ndarray, ridges: Sequence[float]
+    fit: GramMatrix,
+    heldout: GramMatrix,
+    layout: _Layout,
+    keep: np.ndarray,
+    ridges: Sequence[float],
+    prior: np.ndarray | None,
 ) -> SubsetFit:
     features = np.concatenate([layout.fixed, layout.removable[keep].ravel()])
-    found = ridge_fit(fit, heldout, features, layout.targets, ridges)
+    if prior is not None:
+        q = len(layout.targets)
+        own = prior.reshape(len(layout.removable), -1, q)[keep].reshape(-1, q)
+        prior = np.concatenate([np.zeros((len(layout.fixed), q)), own])
+    found = ridge_fit(fit, heldout, features, layout.targets, ridges, prior=prior)
     return SubsetFit(keep, found.matrix, found.offset, found.ridge, found.fit_error, found.error)
 
 

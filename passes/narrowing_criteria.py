@@ -124,8 +124,8 @@ def by_residual(
         prior=layer.matrix(),
     )
     plain = counts if only is None else [c for c in counts if only.path == "none"]
-    plains = fitted(place, place + 1, plain) if plain else []
-    found = [_of(Choice(count), fit) for count, fit in zip(plain, plains, strict=True)]
+    fits = fitted(place, place + 1, plain) if plain else []
+    found = [_of(Choice(count), fit) for count, fit in zip(plain, fits, strict=True)]
     if not with_input:
         return found
     paying = [count for count in counts if layer.width - count > pays_from(layer)]
@@ -134,8 +134,7 @@ def by_residual(
     elif layer.width > FEW:
         paying = paying[::-1][::3]
     if paying and (only is None or only.path != "none"):
-        known = plains[0].elimination if only is None and plains else None  # near enough for a ladder
-        fits = fitted(2, 3, paying, fixed=1, elimination=known)
+        fits = fitted(2, 3, paying, fixed=1)
         for count, whole in zip(paying, fits, strict=True):
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))

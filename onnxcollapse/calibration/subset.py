@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,7 +28,6 @@ class SubsetFit:
             then of the kept groups.
         offset: float64 [q].
         ridge: The strength chosen on the held-out rows.
-        elimination: The one that the groups were chosen with; None where they were given.
         fit_error: sqrt(E|y - fit|^2 / E|y|^2) on the rows fitted to.
         error: The same on the held-out rows.
     """
@@ -39,7 +38,6 @@ class SubsetFit:
     ridge: float
     fit_error: float
     error: float
-    elimination: float | None = None
 
 
 def eliminate(
@@ -55,7 +53,6 @@ def eliminate(
     weights: np.ndarray | None = None,
     one_ridge: bool = False,
     prior: np.ndarray | None = None,
-    elimination: float | None = None,
 ) -> list[SubsetFit]:
     """Keeps the groups of features that the targets can least do without, and fits the targets to them again.
 
@@ -80,24 +77,22 @@ def eliminate(
             groups or, with a prior, for the count in the middle.
         prior: float64 [groups * group, q]: weights that the removable features had, which those that stay are held
             near; fixed features have none and are held near 0. None to hold all near 0.
-        elimination: Strength to choose groups with; None to look for the one that is best for all of them.
 
     Returns:
         A fit for each count, in their order; the smaller sets are parts of the larger.
 
     Raises:
         OptionError: Counts that do not lie within 0 .. groups, a `group` that does not divide the features,
-            removable features that are also fixed, sums of different tensors, or bad ridges or weights.
+            removable features that are also fixed, sums of different tensors, or bad ridges, weights or prior.
     """
     layout = _Layout.of(fit, heldout, removable, targets, fixed, group)
     groups = len(layout.removable)
     if not len(counts) or any(count != int(count) or not 0 <= count <= groups for count in counts):
         raise OptionError(f"counts {tuple(counts)} of must be whole and 0 to {groups}; correct them")
     _check_weights(weights, len(layout.targets))
-    ridges = _ridges(ridges, prior)
-    if elimination is None:
-        everything = np.concatenate([layout.fixed, layout.removable.ravel()])
-        elimination = _elimination_ridge(fit, heldout, everything, layout, ridges)
+    everything = np.concatenate([layout.fixed, layout.removable.ravel()])
+    elimination = _elimination_ridge(fit, heldout, everything, layout, RIDGES if ridges is None else ridges)
+    ridges = _ridges(ridges, prior, layout)
     order = _order(fit, layout, groups - int(min(counts)), elimination, weights)
     kept = {count: np.setdiff1d(np.arange(groups), order[: groups - count]) for count in map(int, counts)}
     if one_ridge and prior is None:
@@ -106,7 +101,7 @@ def eliminate(
         middle = sorted(kept)[len(kept) // 2]
         ridges = (_refit(fit, heldout, layout, kept[middle], ridges, prior).ridge,)
     fits = {count: _refit(fit, heldout, layout, keep, ridges, prior) for count, keep in kept.items()}
-    return [replace(fits[int(count)], elimination=elimination) for count in counts]
+    return [fits[int(count)] for count in counts]
 
 
 def refit_subset(
@@ -145,7 +140,7 @@ def refit_subset(
     groups = len(layout.removable)
     if len(kept) != len(keep) or (len(kept) and not 0 <= kept[0] <= kept[-1] < groups):
         raise OptionError(f"groups to keep must differ and be 0 to {groups - 1}; correct the set")
-    return _refit(fit, heldout, layout, kept, _ridges(ridges, prior), prior)
+    return _refit(fit, heldout, layout, kept, _ridges(ridges, prior, layout), prior)
 
 
 @dataclass(frozen=True)
@@ -179,7 +174,10 @@ class _Layout:
         return cls(columns.reshape(-1, group), fit.columns(targets), stay)
 
 
-def _ridges(ridges: Sequence[float] | None, prior: np.ndarray | None) -> Sequence[float]:
+def _ridges(ridges: Sequence[float] | None, prior: np.ndarray | None, layout: _Layout) -> Sequence[float]:
+    shape = layout.removable.size, len(layout.targets)
+    if prior is not None and prior.shape != shape:
+        raise OptionError(f"a prior of shape {prior.shape} is none of {shape} weights; correct it")
     if ridges is not None:
         return ridges
     return RIDGES if prior is None else PRIOR_RIDGES

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcollapse.calibration import GramMatrix, eliminate, refit_subset, ridge_fit, surgery
+from onnxcollapse.calibration.leastsquares import relative_error
 from onnxcollapse.calibration.surgery import removal_order
 from onnxcollapse.errors import OptionError
 
@@ -237,6 +238,53 @@ def test_refit_of_a_set_is_the_ridge_fit_of_its_columns():
     np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-9)
     np.testing.assert_allclose(found.offset, expected.offset, rtol=1e-9)
     assert (found.ridge, found.error) == (expected.ridge, pytest.approx(expected.error, rel=1e-9))
+
+
+def block(n, width=48, q=6, seed=0):
+    """Features of a hidden layer on n rows, with what a Linear makes of them, and its weights."""
+    rng = np.random.default_rng(seed)
+    mixing, weights = rng.standard_normal((10, width)), rng.standard_normal((width, q))
+    a = np.maximum(rng.standard_normal((n, 10)) @ mixing, 0)
+    return {"a": a, "y": a @ weights + 1.0}, weights
+
+
+def test_with_a_prior_nothing_is_lost_where_nothing_leaves():
+    columns, weights = block(20)
+    fit, heldout = halves(columns)
+    [found] = eliminate(fit, heldout, "a", "y", [48], prior=weights)
+    np.testing.assert_allclose(found.matrix, weights, atol=1e-9)
+    np.testing.assert_allclose(found.offset, 1.0, atol=1e-9)
+    assert found.error < 1e-6 < 0.1 < eliminate(fit, heldout, "a", "y", [48])[0].error
+
+
+@pytest.mark.parametrize("one_ridge", [False, True])
+def test_with_few_rows_a_prior_leaves_a_fraction_of_the_error(one_ridge):
+    columns, weights = block(45)
+    fit, heldout = halves(columns)
+    counts, fresh = [44, 36], GramMatrix.from_rows(block(3000)[0])
+    plain = eliminate(fit, heldout, "a", "y", counts, one_ridge=one_ridge)
+    steady = eliminate(fit, heldout, "a", "y", counts, one_ridge=one_ridge, prior=weights)
+    for one, two in zip(plain, steady, strict=True):
+        assert two.error < 0.7 * one.error
+        worse, better = (
+            relative_error(fresh, fresh.columns("a")[f.keep], "y", f.matrix, f.offset) for f in (one, two)
+        )
+        assert better < 0.7 * worse
+
+
+def test_a_prior_is_of_the_groups_that_stay():
+    columns = rows(noise=3.0)
+    fit, heldout = halves(columns)
+    prior = np.random.default_rng(1).standard_normal((columns["a"].shape[1], columns["y"].shape[1]))
+    own = prior.reshape(-1, 3, prior.shape[1])[[0, 2]].reshape(6, -1)
+    chosen = columns["a"].reshape(-1, 4, 3)[:, [0, 2]].reshape(-1, 6)
+    sums = halves({"x": columns["x"], "k": chosen, "y": columns["y"]})
+    whole = np.concatenate([np.zeros((columns["x"].shape[1], prior.shape[1])), own])
+    expected = ridge_fit(*sums, ["x", "k"], "y", [0.1], prior=whole)
+    found = refit_subset(fit, heldout, "a", "y", [2, 0], fixed="x", group=3, ridges=[0.1], prior=prior)
+    np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-9)
+    with pytest.raises(OptionError, match=r"a prior of shape \(3, 5\) is none of \(12, 5\) weights"):
+        refit_subset(fit, heldout, "a", "y", [0], prior=prior[:3])
 
 
 def test_the_choice_beats_a_random_one():

@@ -36,6 +36,7 @@ from onnxcollapse.calibration.statistics import (
     Request,
     Statistics,
 )
+from onnxcollapse.calibration.subset import PRIOR_RIDGES
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, scratch, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving
@@ -236,7 +237,8 @@ class FactorLinear(Pass):
         counts = None if site.behind is None else importance(site.behind, fit)
         if not site.biased:
             fit, heldout = fit.through_origin(), heldout.through_origin()
-        base = ridge_fit(fit, heldout, 1, 2)
+        own = np.concatenate([linear.matrix() for linear in site.linears], axis=1)
+        base = ridge_fit(fit, heldout, 1, 2, PRIOR_RIDGES, prior=own)
         problem = Problem.of(fit, 1, 2)
         scale = np.ones(site.d_out)
         if counts is not None:

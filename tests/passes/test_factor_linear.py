@@ -12,13 +12,14 @@ import pytest
 from onnxcollapse.passes.factor_linear import SHARES, FactorLinear
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
 
-from onnxcollapse import Budget, Decline, Model, Proposal, Target, optimize
+from onnxcollapse import Budget, Decline, Model, Proposal, Target, open_data, optimize
 from onnxcollapse.calibration import collect
 from onnxcollapse.errors import ModelError, OptionError
 from onnxcollapse.model import size
 from onnxcollapse.rewriting.fitting import apply
 from onnxcollapse.rewriting.registry import parse
 from onnxcollapse.structure import hidden_layers, linears
+from onnxcollapse.verification import compare
 from tests.passes.narrowing import at, correlated, heldout, narrowed, offers, reasons, site_error
 from tests.support import Net, data_for, file_bytes, mlp, outputs, relative, rows
 
@@ -261,6 +262,22 @@ def test_under_a_budget_nothing_is_kept_that_grows_the_model():
     assert both.met
     assert all(entry.saving.params > 0 for entry in kept(both))
     assert both.after.params <= 1.2 * narrower.after.params
+
+
+def test_few_rows_do_as_the_weights_are_known():
+    """Only which directions matter is read from the data; a fit to 20 rows would know nothing of the others."""
+    model, item = mlp([40, 64, 48], "Tanh"), FactorLinear()
+    few, many = (data_for(model, rows(count, 40)) for count in (30, 3000))
+    fresh = open_data({"x": rows(500, 40, seed=9)}, model)
+    losses = []
+    for data in (few, many):
+        proposal = offers(model, data, item)["y"][0]
+        losses.append(
+            compare(model, narrowed(model, item, proposal), fresh, ["rel-l2"], provider="cpu").overall[
+                "rel-l2"
+            ]
+        )
+    assert losses[0] < 2 * losses[1]
 
 
 def test_factors_for_other_shapes_are_refused_but_sized():

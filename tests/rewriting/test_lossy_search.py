@@ -64,7 +64,7 @@ def test_a_target_is_met_closely_where_the_savings_of_neighbours_overlap(share):
     model, x = mlp([32, *[64] * 5, 8]), correlated(200, 32)
     result = shrink(model, x, None, ("params", share), [NarrowFfn(skip=False, align=1)])
     assert result.met
-    assert share - 0.01 <= result.after.params / result.before.params <= share
+    assert share - 0.015 <= result.after.params / result.before.params <= share
     assert len(kept(result)) > 1
 
 
@@ -168,7 +168,7 @@ def test_what_neighbours_save_adds_up_to_what_is_saved():
     model, x = mlp([16, 64, 64, 8]), correlated(400, 16)
     result = shrink(model, x, 0.3)
     saved = [entry.saving for entry in result.journal.of("kept")]
-    assert len(saved) == 2
+    assert len(saved) >= 2
     assert sum(saving.params for saving in saved) == result.before.params - result.after.params
     assert sum(saving.bytes for saving in saved) == result.before.bytes - result.after.bytes
     assert sum(saving.flops for saving in saved) == result.flops_before - result.flops_after

@@ -63,7 +63,6 @@ class Fitted:
         error: Relative error at the consumer's output on held-out data, in closed form.
         detail: In words.
         skip: The path: nothing, one matrix [d_in, d_out], or two factors.
-        ridge: The strength it was fitted with.
     """
 
     choice: Choice
@@ -73,7 +72,6 @@ class Fitted:
     error: float
     detail: str
     skip: tuple[np.ndarray, ...] = field(default=())
-    ridge: float = 0.0
 
 
 def pays_from(layer: HiddenLayer) -> float:
@@ -242,9 +240,7 @@ def by_rate(block: FeedForward, heldout: GramMatrix, rates: MomentSums, threshol
 
 
 def _of(choice: Choice, found: SubsetFit) -> Fitted:
-    return Fitted(
-        choice, found.keep, found.matrix, found.offset, found.error, f"ridge {found.ridge:g}", (), found.ridge
-    )
+    return Fitted(choice, found.keep, found.matrix, found.offset, found.error, f"ridge {found.ridge:g}")
 
 
 def _with_path(count: int, found: SubsetFit, width: int) -> Fitted:

@@ -84,10 +84,16 @@ def _drop_invented_symbols(info: onnx.ValueInfoProto, known: set[str]) -> None:
                 dim.ClearField("dim_param")
 
 
-def infer(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """`proto` with the shapes that can be inferred; unchanged when inference fails as a whole."""
+def infer(proto: onnx.ModelProto, *, computed: bool = True) -> onnx.ModelProto:
+    """`proto` with the shapes that can be inferred; unchanged when inference fails as a whole.
+
+    Args:
+        proto: The model.
+        computed: Whether what shapes are computed from is followed as onnx does it: casts that change numbers, and
+            shapes in tensors of rank 2, mislead it.
+    """
     try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        return onnx.shape_inference.infer_shapes(proto, data_prop=computed)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         logger.debug("shape inference failed: %s", error)
         return proto

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from onnxcollapse.model import Model, skeleton
+from onnxcollapse.model import Model, carry, skeleton
 from onnxcollapse.model.shapes import infer
 from onnxcollapse.structure.constants import attribute, folded
 
@@ -47,14 +47,20 @@ def inferred(model: Model) -> dict[str, tuple[Known, ...]]:
     They follow from inputs and weights alone: what a file declares of other tensors nobody holds it to.
     """
     bare = skeleton.for_inference(model.ir)
-    del bare.graph.value_info[:]
-    for output in bare.graph.output:
-        output.type.tensor_type.ClearField("shape")
+    for graph in carry.proto_graphs(bare):
+        del graph.value_info[:]
+        if isinstance(graph, onnx.GraphProto):
+            for value in (*graph.output, *(() if graph is bare.graph else graph.input)):
+                value.type.tensor_type.ClearField("shape")
     for given in bare.graph.input:
-        for axis, dim in enumerate(given.type.tensor_type.shape.dim):
-            if _known(dim) is None:  # a name lets inference follow it
+        dims = given.type.tensor_type.shape.dim
+        names = Counter(dim.dim_param for dim in dims if dim.dim_param)
+        for axis, dim in enumerate(dims):
+            if (
+                _known(dim) is None or names[dim.dim_param] > 1
+            ):  # two of one name are "?" more often than equal
                 dim.dim_param = f"axis {axis} of {given.name}"
-    proto = infer(bare)
+    proto = infer(bare, computed=False)
     found = {}
     for info in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         kind = info.type.tensor_type
@@ -72,7 +78,7 @@ def _known(dim: onnx.TensorShapeProto.Dimension) -> Known:
 def _reshaped(
     source: Sequence[Dim] | None, target: Sequence[Dim] | None, *, copies: bool
 ) -> Sequence[Dim | None] | None:
-    """What a Reshape counts for -1: the one axis of its source that its target does not name.
+    """The sizes behind a Reshape. For -1 it counts the one axis of its source that its target does not name.
 
     Args:
         source: Sizes of what is reshaped.
@@ -84,10 +90,9 @@ def _reshaped(
     if copies:
         target = [source[at] if size == 0 and at < len(source) else size for at, size in enumerate(target)]
     have, want = (Counter(size for size in sizes if size not in (1, -1)) for sizes in (source, target))
-    left = [*(have - want).elements()]
-    if want - have or len(left) > 1:
-        return None
-    return [(left or [1])[0] if size == -1 else size for size in target]
+    left = [*(have - want).elements()] or [1]
+    counted = left[0] if len(left) == 1 and not want - have else None
+    return [counted if size == -1 else size for size in target]
 
 
 def _broadcast(shapes: Sequence[Sequence[Dim] | None], rank: int) -> Sequence[Dim | None] | None:

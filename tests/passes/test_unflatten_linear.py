@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 from onnxcollapse.passes.cleanup import Cleanup
 from onnxcollapse.passes.narrow_ffn import NarrowFfn
 from onnxcollapse.passes.unflatten_linear import UnflattenLinear
@@ -284,3 +285,38 @@ def test_sizes_are_followed_to_the_inputs_that_they_are_of(shape):
 def test_sizes_that_are_others_are_told_apart(options):
     (entry,) = kept_rewrites(decoder(**options))
     assert entry.site == "y", "it restores what the first one made, whatever that is"
+
+
+def undone(net, source, *sizes, given=None):
+    """A Linear on flattened tokens, and the shape that is said to restore them."""
+    flat = net.op("Reshape", source, net.numbers(-1, WIDTH))
+    net.op("Reshape", net.gemm(flat, WIDTH, HIDDEN), net.joined(*sizes, net.numbers(HIDDEN)), name="y")
+    return net.model(given or {"x": ["n", "t", WIDTH]}, {"y": ["a", "b", HIDDEN]})
+
+
+def test_axes_of_one_input_that_share_a_name_are_told_apart():
+    net = Flat(2)
+    source = net.op("Tanh", "x")
+    sizes = [net.axis(source, axis) for axis in (1, 0)]
+    assert not kept_rewrites(undone(net, source, *sizes, given={"x": ["?", "?", WIDTH]}))
+
+
+def test_a_number_made_one_on_the_way_is_another():
+    """onnx's own inference follows it through the cast as if it were the size still."""
+    net = Flat(2)
+    size = net.axis("w", 0)
+    one = net.op("Cast", net.op("Cast", size, to=9), to=7)
+    source = net.op("Reshape", "x", net.joined(one, net.numbers(-1), net.numbers(WIDTH)))
+    model = undone(net, source, size, net.numbers(-1), given={"x": ["n", WIDTH], "w": ["a"]})
+    assert not kept_rewrites(model)
+
+
+def test_what_branches_declare_proves_nothing():
+    def branch(op, name):
+        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", "b", WIDTH])
+        return helper.make_graph([helper.make_node(op, ["x"], [name])], name, [], [output])
+
+    net = Flat(2)
+    holds = net.op("Less", net.op("ReduceSum", "x", keepdims=0), net.const(0.0))
+    source = net.op("If", holds, then_branch=branch("Identity", "one"), else_branch=branch("Neg", "other"))
+    assert not kept_rewrites(undone(net, source, *(net.axis(source, axis) for axis in (1, 0))))

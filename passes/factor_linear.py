@@ -26,7 +26,7 @@ from onnxcollapse.passes.importance import hidden_behind, importance
 from onnxcollapse.passes.narrow_ffn import POSITIONS
 from scipy import linalg
 
-from onnxcollapse.calibration.leastsquares import Problem, leading, relative_error, ridge_fit
+from onnxcollapse.calibration.leastsquares import PRIOR_RIDGES, Problem, leading, relative_error, ridge_fit
 from onnxcollapse.calibration.statistics import (
     Cross,
     CrossMoments,
@@ -36,7 +36,6 @@ from onnxcollapse.calibration.statistics import (
     Request,
     Statistics,
 )
-from onnxcollapse.calibration.subset import PRIOR_RIDGES
 from onnxcollapse.errors import ModelError
 from onnxcollapse.model import Model, edit, scratch, weights
 from onnxcollapse.rewriting import Decline, Pass, Proposal, Saving

@@ -15,6 +15,7 @@ from onnxcollapse.calibration.statistics import GramMatrix, Selector
 from onnxcollapse.errors import OptionError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+PRIOR_RIDGES = (*RIDGES, 1.0)  # what stays near weights that were good may be held there by more
 
 WIDEST = 2048
 """Features of more columns than this have no spectrum kept: it takes as much memory as their sums."""

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcollapse.calibration.leastsquares import RIDGES, ridge_fit
+from onnxcollapse.calibration.leastsquares import PRIOR_RIDGES, RIDGES, ridge_fit
 from onnxcollapse.calibration.statistics import GramMatrix, Selector
 from onnxcollapse.calibration.surgery import removal_order
 from onnxcollapse.errors import OptionError
 
 DEAD = 1e-12  # variance relative to the mean variance, or to the squared mean: nothing but rounding
 SAMPLED_TARGETS = 512  # enough to choose the ridge of the elimination by
-PRIOR_RIDGES = (*RIDGES, 1.0)  # what stays near weights that were good may be held there by more
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,17 +89,21 @@ def eliminate(
     if not len(counts) or any(count != int(count) or not 0 <= count <= groups for count in counts):
         raise OptionError(f"counts {tuple(counts)} of must be whole and 0 to {groups}; correct them")
     _check_weights(weights, len(layout.targets))
+    _check_prior(prior, layout)
     everything = np.concatenate([layout.fixed, layout.removable.ravel()])
     elimination = _elimination_ridge(fit, heldout, everything, layout, RIDGES if ridges is None else ridges)
-    ridges = _ridges(ridges, prior, layout)
+    ridges = _ridges(ridges, prior)
     order = _order(fit, layout, groups - int(min(counts)), elimination, weights)
     kept = {count: np.setdiff1d(np.arange(groups), order[: groups - count]) for count in map(int, counts)}
+    fits: dict[int, SubsetFit] = {}
     if one_ridge and prior is None:
         ridges = (elimination,)
     elif one_ridge:
         middle = sorted(kept)[len(kept) // 2]
-        ridges = (_refit(fit, heldout, layout, kept[middle], ridges, prior).ridge,)
-    fits = {count: _refit(fit, heldout, layout, keep, ridges, prior) for count, keep in kept.items()}
+        fits[middle] = _refit(fit, heldout, layout, kept[middle], ridges, prior)
+        ridges = (fits[middle].ridge,)
+    for count in kept.keys() - fits:
+        fits[count] = _refit(fit, heldout, layout, kept[count], ridges, prior)
     return [fits[int(count)] for count in counts]
 
 
@@ -140,7 +143,8 @@ def refit_subset(
     groups = len(layout.removable)
     if len(kept) != len(keep) or (len(kept) and not 0 <= kept[0] <= kept[-1] < groups):
         raise OptionError(f"groups to keep must differ and be 0 to {groups - 1}; correct the set")
-    return _refit(fit, heldout, layout, kept, _ridges(ridges, prior, layout), prior)
+    _check_prior(prior, layout)
+    return _refit(fit, heldout, layout, kept, _ridges(ridges, prior), prior)
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,7 @@ class _Layout:
         return cls(columns.reshape(-1, group), fit.columns(targets), stay)
 
 
-def _ridges(ridges: Sequence[float] | None, prior: np.ndarray | None, layout: _Layout) -> Sequence[float]:
-    shape = layout.removable.size, len(layout.targets)
-    if prior is not None and prior.shape != shape:
-        raise OptionError(f"a prior of shape {prior.shape} is none of {shape} weights; correct it")
+def _ridges(ridges: Sequence[float] | None, prior: np.ndarray | None) -> Sequence[float]:
     if ridges is not None:
         return ridges
     return RIDGES if prior is None else PRIOR_RIDGES
@@ -233,6 +234,12 @@ def _refit(
         prior = np.concatenate([np.zeros((len(layout.fixed), q)), own])
     found = ridge_fit(fit, heldout, features, layout.targets, ridges, prior=prior)
     return SubsetFit(keep, found.matrix, found.offset, found.ridge, found.fit_error, found.error)
+
+
+def _check_prior(prior: np.ndarray | None, layout: _Layout) -> None:
+    shape = layout.removable.size, len(layout.targets)
+    if prior is not None and prior.shape != shape:
+        raise OptionError(f"a prior of shape {prior.shape} is none of {shape} weights; correct it")
 
 
 def _check_weights(weights: np.ndarray | None, targets: int) -> None:

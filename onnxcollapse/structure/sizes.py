@@ -56,9 +56,8 @@ def inferred(model: Model) -> dict[str, tuple[Known, ...]]:
         dims = given.type.tensor_type.shape.dim
         names = Counter(dim.dim_param for dim in dims if dim.dim_param)
         for axis, dim in enumerate(dims):
-            if (
-                _known(dim) is None or names[dim.dim_param] > 1
-            ):  # two of one name are "?" more often than equal
+            # A name lets inference follow a size; two of one name are "?" more often than they are equal.
+            if _known(dim) is None or names[dim.dim_param] > 1:
                 dim.dim_param = f"axis {axis} of {given.name}"
     proto = infer(bare, computed=False)
     found = {}

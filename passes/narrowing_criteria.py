@@ -111,7 +111,7 @@ def by_residual(
         only: The one choice wanted, None for all.
         importance: float64 [d_out]: what an error of each output counts in the choice of channels.
     """
-    place = 2 if with_input else 1
+    place, own = 2 if with_input else 1, layer.matrix()
     fitted = functools.partial(
         eliminate,
         fit,
@@ -119,7 +119,7 @@ def by_residual(
         group=layer.group,
         weights=importance,
         one_ridge=only is None,
-        prior=layer.matrix(),
+        prior=own,
     )
     plain = counts if only is None else [c for c in counts if only.path == "none"]
     fits = fitted(place, place + 1, plain) if plain else []
@@ -137,7 +137,7 @@ def by_residual(
             if only is None or only.path == "full":
                 found.append(_with_path(count, whole, fit.widths[0]))
             if layer.d_out > path_rank(fit.widths[0]) and (only is None or only.path == "low"):
-                found.append(_limited(layer, whole, fit, heldout))
+                found.append(_limited(own, whole, fit, heldout))
     return found
 
 
@@ -249,7 +249,7 @@ def _with_path(count: int, found: SubsetFit, width: int) -> Fitted:
     return Fitted(Choice(count, "full"), found.keep, matrix, found.offset, found.error, detail, (skip,))
 
 
-def _limited(layer: HiddenLayer, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix) -> Fitted:
+def _limited(own: np.ndarray, whole: SubsetFit, fit: GramMatrix, heldout: GramMatrix) -> Fitted:
     """Limits the rank of a path by reduced-rank regression given the channels that stay, and fits all again.
 
     The path x S counts for what the kept features a cannot say: with C = Cov(x | a), the leading eigenvectors V of
@@ -261,7 +261,7 @@ def _limited(layer: HiddenLayer, whole: SubsetFit, fit: GramMatrix, heldout: Gra
     C = _conditional(fit, fit.columns(1), fit.columns(2)[whole.keep])
     basis = path @ leading(path.T @ C @ path, rank)
     here, there = fit.projected(0, basis), heldout.projected(0, basis)
-    found = refit_subset(here, there, 2, 3, whole.keep, fixed=1, ridges=(whole.ridge,), prior=layer.matrix())
+    found = refit_subset(here, there, 2, 3, whole.keep, fixed=1, ridges=(whole.ridge,), prior=own)
     detail = f"rank {rank}, ridge {found.ridge:g}"
     skip = (basis, found.matrix[:rank])
     return Fitted(

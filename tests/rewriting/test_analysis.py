@@ -18,8 +18,8 @@ from onnxcollapse.errors import DataError, MetricError
 from onnxcollapse.rewriting.journal import plain
 from onnxcollapse.verification import Verifier
 from tests.passes.layering import WIDTH, stream
-from tests.rewriting.test_merged import data as decoder_data
-from tests.rewriting.test_merged import decoder
+from tests.rewriting.merged import data as decoder_data
+from tests.rewriting.merged import decoder
 from tests.support import Net, data_for, mlp, rows
 from tests.verification.decoders import decoder as causal
 from tests.verification.decoders import windows

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import replace
 
@@ -33,6 +32,7 @@ from tests.passes.crossed import crossed, samples
 from tests.passes.layering import stream
 from tests.passes.merging import merged
 from tests.passes.narrowing import offers
+from tests.rewriting.merged import data, decoder, logits, names
 
 CACHES = [
     f"{layer}.{kind}.{what}"
@@ -40,29 +40,6 @@ CACHES = [
     for kind in ("decoder", "encoder")
     for what in ("key", "value")
 ]
-
-
-@functools.cache
-def proto(post=False) -> bytes:
-    return merged(crossed(caching="given", post=post), crossed(caching="taken", post=post)).to_bytes()
-
-
-def decoder(post=False) -> Model:
-    return Model(ir.from_proto(onnx.load_from_string(proto(post))))
-
-
-def data(model, seed=0, count=48):
-    return open_data(samples(crossed(caching="given"), count, seed=seed), model)
-
-
-def names(values):
-    return [value.name for value in values]
-
-
-def logits(model, seed=5, **inputs):
-    feeds = samples(crossed(caching="given"), 6, seed=seed) | inputs
-    with open_session(model, provider="cpu") as session:
-        return session.run(complete(feeds, model.signature()))["logits"]
 
 
 def test_each_branch_becomes_a_model():
